@@ -1,0 +1,1 @@
+"""Benchmarks; installed as `llava_mini_fast.bench`."""

@@ -1,0 +1,1 @@
+"""What happens to media and prompts before the model: limits, pictures, clips, views, prompt templates."""

@@ -1,0 +1,79 @@
+"""The vLLM plugin: `register()` is its entry point, `prompt()` what `LLM.generate` takes for ids and a medium.
+
+vLLM is imported inside `register()` and in the modules that vLLM itself loads, never here.
+"""
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_mini_fast.config import ARCHITECTURE, IMAGE_TOKEN_ID
+from llava_mini_fast.media import Media
+from llava_mini_fast.model.splice import placeholder_index
+from llava_mini_fast.vllm_plugin.segments import PromptMedia, check_placeholder
+
+SUPPORTED_VLLM = ("0.32", "0.33")
+TESTED_VLLM = ("0.32",)
+_STAND_IN = 0  # any id of the vocabulary: the processor takes the real ids from the medium
+
+
+def prompt(prompt_ids: Sequence[int], media: Media | None = None) -> dict[str, Any]:
+    """A prompt for vLLM's `LLM.generate` from ids, which are taken as they are and never tokenized again.
+
+    Args:
+        prompt_ids: ids with -200 where the media goes.
+        media: `image(...)`, `video(...)`, or None for text alone.
+
+    Raises:
+        ValueError: media without placeholder, a placeholder without media, or two placeholders.
+    """
+    ids = [int(i) for i in prompt_ids]
+    check_placeholder(placeholder_index(ids), media is not None)
+    if media is None:
+        return {"prompt_token_ids": ids}
+    return {
+        "prompt_token_ids": [_STAND_IN if i == IMAGE_TOKEN_ID else i for i in ids],
+        "multi_modal_data": {media.kind: PromptMedia(media, tuple(ids))},
+    }
+
+
+def register() -> None:
+    """Tell vLLM about LLaVA-Mini; vLLM calls this in every process through the entry point `vllm.general_plugins`.
+
+    Raises:
+        RuntimeError: the installed vLLM is a version whose internals this plugin does not know.
+    """
+    import vllm
+
+    if not vllm.__version__.startswith(SUPPORTED_VLLM):
+        raise RuntimeError(
+            f"llava-mini-fast works with vLLM {' and '.join(SUPPORTED_VLLM)}, not {vllm.__version__}; "
+            "install one of these or uninstall llava-mini-fast."
+        )
+    from vllm import ModelRegistry
+
+    from llava_mini_fast.hf_config import register_config
+    from llava_mini_fast.vllm_plugin import compat
+
+    warning = shadowed_triton_kernels()
+    if warning:
+        compat.logger.warning(warning)
+    register_config()
+    compat.register_video_loader("llava_mini", "llava_mini_fast.vllm_plugin.video")
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(ARCHITECTURE, "llava_mini_fast.vllm_plugin.model:LlavaMiniForConditionalGeneration")
+
+
+def shadowed_triton_kernels() -> str | None:
+    """A sentence if `import triton_kernels` would find this project's folder instead of OpenAI's package, else None."""
+    for entry in sys.path:
+        folder = Path(entry or ".") / "triton_kernels"
+        if (folder / "__init__.py").is_file():
+            ours = (folder.parent / "llava_mini_fast").is_dir()
+            return (
+                f"{folder.parent.resolve()} is on sys.path, so vLLM would import this project's triton_kernels as OpenAI's; "
+                "run from another directory or set PYTHONSAFEPATH=1."
+            ) if ours else None
+    return None

@@ -1,0 +1,198 @@
+"""From a prompt and a medium to vLLM's multimodal items: split, preprocess, hash. Nothing of the model runs here."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from vllm.multimodal.parse import MultiModalDataParser
+from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
+
+from llava_mini_fast import checkpoint, media
+from llava_mini_fast.config import IMAGE_SIZE, IMAGE_TOKEN_ID, LlavaMiniConfig
+from llava_mini_fast.model.splice import placeholder_index
+from llava_mini_fast.preprocess.prompt import PLACEHOLDER, decode, encode
+from llava_mini_fast.preprocess.views import views
+from llava_mini_fast.vllm_plugin import compat
+from llava_mini_fast.vllm_plugin.segments import (
+    PromptMedia,
+    check_placeholder,
+    expand,
+    ids_of_segment,
+    segment_hash,
+    spans,
+)
+
+DUMMY_FRAMES = 8
+"""Frames of the profiling dummy: one full chunk of the front end, which is what bounds its memory."""
+
+
+def read_config(model_config: Any) -> LlavaMiniConfig:
+    """The checkpoint's config, with `tokenizer_model_max_length` as vLLM's `hf_overrides` left it."""
+    config = checkpoint.read_config(checkpoint.resolve(model_config.model))
+    return dataclasses.replace(
+        config, max_rows=getattr(model_config.hf_config, "tokenizer_model_max_length", config.max_rows)
+    )
+
+
+class MediaItems(compat.ProcessorBatchItems):
+    """Media of one modality, each a `Media` or a `PromptMedia`."""
+
+
+class DataParser(MultiModalDataParser):
+    """Accepts everything that vLLM does, our media objects, and already preprocessed float tensors."""
+
+    def _parse_image_data(self, data: Any) -> MediaItems | None:
+        given = _ours(data, image_dims=4)
+        if given is None:
+            parsed = super()._parse_image_data(data)
+            given = [_as_media(media.image, item) for item in parsed.get_all()] if parsed is not None else []
+        return MediaItems(given, "image")
+
+    def _parse_video_data(self, data: Any) -> MediaItems | None:
+        given = _ours(data, image_dims=5)
+        if given is None:
+            parsed = super()._parse_video_data(data)
+            found = parsed.get_all() if parsed is not None else []
+            given = [_as_media(media.video, item[0] if isinstance(item, tuple) else item) for item in found]
+        return MediaItems(given, "video")
+
+
+def _ours(data: Any, image_dims: int) -> list[Any] | None:
+    """The media in `data` if it is ours to take, None if vLLM's parser should read it."""
+    if isinstance(data, media.Media | PromptMedia):
+        return [data]
+    if isinstance(data, torch.Tensor) and data.is_floating_point() and data.dim() == image_dims:
+        return [(media.image if image_dims == 4 else media.video)(data)]
+    if isinstance(data, list) and data and all(isinstance(item, media.Media | PromptMedia) for item in data):
+        return data
+    return None
+
+
+def _as_media(kind: Any, item: Any) -> media.Media | None:
+    if item is None:  # a uuid without data: apply() refuses it, since pixels decide what is cached
+        return None
+    return kind(item.numpy() if isinstance(item, torch.Tensor) and item.dtype == torch.uint8 else item)
+
+
+class Info(BaseProcessingInfo):
+    """What vLLM may ask about the model's inputs."""
+
+    @cached_property
+    def config(self) -> LlavaMiniConfig:
+        return read_config(self.ctx.model_config)
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"image": 1, "video": 1}
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        # an item is a piece of the prompt, text included
+        return {"image": seq_len, "video": seq_len}
+
+    def get_data_parser(self) -> DataParser:
+        return DataParser()
+
+    def get_supported_mm_processor_kwargs(self) -> dict[str, set[str]]:
+        return {}
+
+
+class DummyInputs(BaseDummyInputsBuilder[Info]):
+    """The largest input, for profiling."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        return PLACEHOLDER * min(1, sum(mm_counts.values()))
+
+    def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
+        frames = max(1, min(DUMMY_FRAMES, (seq_len - 1) // self.info.config.num_compressed))
+        if mm_counts.get("video"):
+            return {"video": self._get_dummy_videos(width=IMAGE_SIZE, height=IMAGE_SIZE, num_frames=frames, num_videos=1)}
+        if mm_counts.get("image"):
+            return {"image": self._get_dummy_images(width=IMAGE_SIZE, height=IMAGE_SIZE, num_images=1)}
+        return {}
+
+
+class Processor(BaseMultiModalProcessor[Info]):
+    """Builds the items itself: vLLM's own path assumes that an item is its media alone."""
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Mapping[str, Any]:
+        raise NotImplementedError("apply() builds the fields")
+
+    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> list[Any]:
+        return []
+
+    def get_dummy_inputs(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> compat.ProcessorInputs:
+        """The dummy prompt, filled up with text to `seq_len` rows: text rows are the item's too."""
+        inputs = super().get_dummy_inputs(seq_len, mm_counts, mm_options)
+        if mm_counts.get("video") or mm_counts.get("image"):
+            (item,) = (items.get(0) for items in inputs.mm_data_items.values())
+            frames = len(item.source) if item.kind == "video" else 1
+            text = max(0, seq_len - frames * self.info.config.num_compressed)
+            prompt = (IMAGE_TOKEN_ID, *[self._stand_in] * text)
+            inputs.mm_data_items[item.kind].data[0] = PromptMedia(item, prompt)
+        return inputs
+
+    @property
+    def _stand_in(self) -> int:
+        # a BOS is never generated, so penalties over prompt ids can't touch an answer through it
+        return self.info.config.bos_token_id or 0
+
+    def apply(self, inputs: compat.ProcessorInputs, timing_ctx: Any) -> Any:
+        """Process one prompt.
+
+        Raises:
+            ValueError: not exactly one medium with exactly one placeholder, unusable media, or too many rows.
+        """
+        counts = {modality: n for modality, n in inputs.mm_data_items.get_all_counts().items() if n}
+        if not counts:
+            return super().apply(inputs, timing_ctx)
+        if sum(counts.values()) > 1:
+            raise ValueError("the prompt has several media; LLaVA-Mini takes one image or one video a conversation.")
+        (modality,) = counts
+        item = inputs.mm_data_items[modality].get(0)
+        if item is None:
+            raise ValueError(f"an {modality} was named by a uuid without its data; send the {modality} itself.")
+        if isinstance(item, PromptMedia):
+            ids, medium = list(item.prompt_ids), item.media
+        else:
+            ids, medium = self._ids_with_placeholder(inputs.prompt), item
+        placeholder = placeholder_index(ids)
+        check_placeholder(placeholder, has_media=True)
+        with timing_ctx.record("preprocess_media"):
+            prepared = views(medium, self.info.config)
+        return self._build(modality, ids, placeholder, prepared, inputs.cache)
+
+    def _ids_with_placeholder(self, prompt: list[int] | str) -> list[int]:
+        """Ids with -200 from what vLLM tokenized: "<image>" is ordinary text to the checkpoint's tokenizer."""
+        tokenizer = self.info.get_tokenizer()
+        return encode(tokenizer, prompt if isinstance(prompt, str) else decode(tokenizer, prompt))
+
+    def _build(self, modality: str, ids: list[int], placeholder: int, prepared: Any, cache: Any) -> Any:
+        config = self.info.config
+        num_vision = prepared.num_frames * config.num_compressed
+        rows = len(ids) - 1 + num_vision
+        if config.max_rows is not None and rows > config.max_rows:
+            raise ValueError(
+                f"the prompt needs {rows} rows ({num_vision} of them vision) and tokenizer_model_max_length allows "
+                f"{config.max_rows}; shorten the text, take fewer frames, or raise it through hf_overrides."
+            )
+        cuts = spans(ids, placeholder, num_vision, config.eos_token_ids)
+        segment_ids = [ids_of_segment(ids, stop, num_vision) for _, stop in cuts]
+        pixels = prepared.pixels
+        hashes = [
+            segment_hash(self.info.model_id, modality, f"{pixels.dtype} {tuple(pixels.shape)}", prepared.digests, start, own)
+            for (start, _), own in zip(cuts, segment_ids)
+        ]
+        digests = torch.frombuffer(bytearray(b"".join(prepared.digests)), dtype=torch.uint8).view(prepared.num_frames, -1)
+        items = compat.items(
+            modality,
+            {
+                "pixels": [pixels] * len(cuts),
+                "digests": [digests] * len(cuts),
+                "prompt_ids": [torch.tensor(own) for own in segment_ids],
+                "span": [torch.tensor(cut) for cut in cuts],
+            },
+        )
+        expanded = expand(ids, placeholder, num_vision, self._stand_in)
+        return compat.multimodal_input(modality, expanded, items, hashes, cuts, cache)
