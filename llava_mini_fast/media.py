@@ -46,8 +46,10 @@ def image(x: Any, *, as_published: bool = False) -> Media:
         shape = tuple(x.shape)
         if _is_float(x):
             _check_floats(x, 4, "image", "(views, 3, 336, 336)")
-        elif not _is_uint8(x) or shape[-1:] != (3,) or not (len(shape) == 3 or len(shape) == 4 and shape[0] == 1):
-            raise MediaError(f"An image array must be uint8 of shape (h, w, 3) or (1, h, w, 3); this is {_describe(x)}.")
+        elif not _is_uint8(x) or shape[-1:] != (3,) or not (len(shape) == 3 or (len(shape) == 4 and shape[0] == 1)):
+            raise MediaError(
+                f"An image array must be uint8 of shape (h, w, 3) or (1, h, w, 3); this is {_describe(x)}."
+            )
         return Media("image", x if len(shape) == 3 or _is_float(x) else x[0], as_published)
     if _is_picture(x):
         return Media("image", x, as_published)

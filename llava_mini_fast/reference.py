@@ -169,15 +169,18 @@ def projector(x: Tensor, weights: Weights) -> Tensor:
     return linear(gelu(linear(x, weights, "0")), weights, "2")
 
 
-def rope_frequencies(config: LlavaMiniConfig, dtype: torch.dtype) -> Tensor:
-    """(head_dim / 2,): radians a position, by the config's `rope_theta` and `rope_scaling` (`default` or `llama3`).
+def rope_frequencies(config: LlavaMiniConfig) -> Tensor:
+    """(head_dim / 2,) float32: radians a position, by the config's `rope_theta` and `rope_scaling`.
+
+    Frequencies and angles are float32 whatever the model's dtype, in the published order of operations: thousands of
+    positions multiply their rounding to a part of the result that every implementation has to share.
 
     Raises:
-        ValueError: another kind of scaling.
+        ValueError: another kind of scaling than `default` and `llama3`.
     """
     rope = config.raw.get("rope_parameters") or config.raw.get("rope_scaling") or {}
     theta = rope.get("rope_theta") or config.raw.get("rope_theta") or 10000.0
-    frequencies = 1.0 / theta ** (torch.arange(0, config.head_dim, 2, dtype=dtype) / config.head_dim)
+    frequencies = 1.0 / theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return frequencies
@@ -192,8 +195,11 @@ def rope_frequencies(config: LlavaMiniConfig, dtype: torch.dtype) -> Tensor:
 
 
 def rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
-    """Rotary positions: x (heads, rows, d), positions int (rows,), frequencies (d / 2,); halves are paired, as in Llama."""
-    angles = positions.to(frequencies.dtype)[:, None] * frequencies
+    """Rotary positions: x (heads, rows, d), positions int (rows,), frequencies float32 (d / 2,).
+
+    Pairs are an element of the first half and its partner in the second, as in Llama.
+    """
+    angles = (positions.float()[:, None] * frequencies).to(x.dtype)
     cos, sin = angles.cos(), angles.sin()
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
@@ -205,7 +211,7 @@ def llama_layer(rows: Tensor, positions: Tensor, visible: Tensor, weights: Weigh
     Weights: input_layernorm.weight, self_attn.{q,k,v,o}_proj.weight, post_attention_layernorm.weight,
     mlp.{gate,up,down}_proj.weight.
     """
-    frequencies = rope_frequencies(config, rows.dtype)
+    frequencies = rope_frequencies(config)
     x = rms_norm(rows, weights["input_layernorm.weight"], config.rms_norm_eps)
     q = heads(linear(x, weights, "self_attn.q_proj"), config.num_attention_heads)
     k = heads(linear(x, weights, "self_attn.k_proj"), config.num_key_value_heads)
@@ -339,15 +345,19 @@ class Reference:
             rows = llama_layer(rows, positions, visible, weights, self.config)
         return rms_norm(rows, self.norm, self.config.rms_norm_eps) @ self.lm_head.T
 
-    @torch.no_grad()
     def generate(
         self, prompt_ids: list[int], pixels: Tensor | None = None, max_new_tokens: int = 16, stop: bool = True
     ) -> list[int]:
-        """New tokens, greedily, each entering as its plain embedding (never pre-fused).
+        """New tokens, greedily; with `stop` the first stop id ends the answer and is part of it."""
+        return self.answer(self.embed(prompt_ids, pixels), max_new_tokens, stop)
 
-        With `stop` the first stop id ends the answer and is part of it. The sequence is recomputed for every token.
+    @torch.no_grad()
+    def answer(self, rows: Tensor, max_new_tokens: int = 16, stop: bool = True) -> list[int]:
+        """`generate` from fused rows (R, H). The sequence is recomputed for every token.
+
+        A new token enters as its plain embedding; it is never pre-fused.
         """
-        rows, tokens = self.embed(prompt_ids, pixels), []
+        tokens: list[int] = []
         while len(tokens) < max_new_tokens and not (stop and tokens and tokens[-1] in self.config.eos_token_ids):
             tokens.append(int(self.logits(rows)[-1].argmax()))
             rows = torch.cat([rows, self.embed_tokens[tokens[-1]][None]])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -24,6 +26,10 @@ PAD_COLOR = tuple(int(255 * mean) for mean in CLIP_MEAN)
 MAX_THINNESS = 1024
 """Without padding, the longer side over the shorter: the resized picture has 336 pixels on its shorter side."""
 _BAND_PIXELS = 1 << 22
+_TALL = 16
+"""Height over width from which `_tall_strip` is faster than rows padded to the height's length."""
+_PRECISION = 22
+"""Bits behind the point in Pillow's 8-bit resampling weights."""
 
 
 def load_rgb(
@@ -55,6 +61,12 @@ def load_rgb(
         return _rgb(_identify(file, limits), as_published, limits)
 
 
+def open_header(file: BinaryIO, formats: Iterable[str]) -> Image.Image:
+    """Pillow's lazy `open`, for those of `formats` that this build of Pillow knows."""
+    Image.init()
+    return Image.open(file, formats=[name for name in formats if name in Image.OPEN])
+
+
 def square_view(picture: Image.Image, pad: bool) -> torch.Tensor:
     """One view: `picture` (RGB) padded to a square if asked, then resized and cropped as CLIP's processor does.
 
@@ -84,18 +96,21 @@ def square_view(picture: Image.Image, pad: bool) -> torch.Tensor:
     paste_x, paste_y = (canvas_width - width) // 2, (canvas_height - height) // 2
     crop_x, crop_y = (out_width - IMAGE_SIZE) // 2, (out_height - IMAGE_SIZE) // 2
 
-    # Rows of padding alone are left out of the horizontal pass: weights that sum to one keep a constant row constant.
-    strip = Image.new("RGB", (IMAGE_SIZE, canvas_height), PAD_COLOR)
-    band = max(1, _BAND_PIXELS // max(canvas_width, out_width))
-    for top in range(0, height, band):
-        count = min(band, height - top)
-        rows = picture.crop((0, top, width, top + count))
-        if canvas_width != width:
-            canvas = Image.new("RGB", (canvas_width, count), PAD_COLOR)
-            canvas.paste(rows, (paste_x, 0))
-            rows = canvas
-        rows = rows.resize((out_width, count), Image.Resampling.BICUBIC)
-        strip.paste(rows.crop((crop_x, 0, crop_x + IMAGE_SIZE, count)), (0, paste_y + top))
+    if pad and height > _TALL * width:
+        strip = _tall_strip(picture)
+    else:
+        # Rows of padding alone are left out: weights that sum to one keep a constant row constant.
+        strip = Image.new("RGB", (IMAGE_SIZE, canvas_height), PAD_COLOR)
+        band = max(1, _BAND_PIXELS // max(canvas_width, out_width))
+        for top in range(0, height, band):
+            count = min(band, height - top)
+            rows = picture.crop((0, top, width, top + count))
+            if canvas_width != width:
+                canvas = Image.new("RGB", (canvas_width, count), PAD_COLOR)
+                canvas.paste(rows, (paste_x, 0))
+                rows = canvas
+            rows = rows.resize((out_width, count), Image.Resampling.BICUBIC)
+            strip.paste(rows.crop((crop_x, 0, crop_x + IMAGE_SIZE, count)), (0, paste_y + top))
 
     view = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
     band = max(1, _BAND_PIXELS // max(canvas_height, out_height))
@@ -105,6 +120,42 @@ def square_view(picture: Image.Image, pad: bool) -> torch.Tensor:
         columns = columns.resize((count, out_height), Image.Resampling.BICUBIC)
         view.paste(columns.crop((0, crop_y, count, crop_y + IMAGE_SIZE)), (left, 0))
     return torch.from_numpy(np.array(view)).permute(2, 0, 1).contiguous()
+
+
+def _tall_strip(picture: Image.Image) -> Image.Image:
+    """The horizontal pass over a tall picture padded to a square, without the padding: (336, height).
+
+    Padded rows would cost height * height pixels, 4 billion for a strip of one by 65,535. Pillow sums pixels times
+    integer weights; so do we, bit for bit, over the few pixels that are not padding. The weights are asked of Pillow:
+    resized as 32-bit integers, a single pixel of 2**22 among zeros gives its weight, rounded as the 8-bit weights are.
+    """
+    width, side = picture.size
+    scale = side / IMAGE_SIZE
+    # Pixels further apart than an output pixel sees (two source pixels either way, scaled) can share a row of probes.
+    spacing = 2 * math.ceil(2 * max(scale, 1)) + 3
+    probed = np.empty((spacing, IMAGE_SIZE))
+    for first in range(spacing):
+        probe = np.zeros((1, side), np.int32)
+        probe[0, first::spacing] = 1 << _PRECISION
+        probed[first] = np.asarray(Image.fromarray(probe).resize((IMAGE_SIZE, 1), Image.Resampling.BICUBIC))
+
+    columns = (side - width) // 2 + np.arange(width)
+    centers = (np.arange(IMAGE_SIZE) + 0.5) * scale
+    seen = np.abs(columns[:, None] + 0.5 - centers) < spacing / 2
+    weights = np.where(seen, probed[columns % spacing], 0)  # (width, 336)
+    padding = (probed.sum(axis=0) - weights.sum(axis=0))[:, None] * PAD_COLOR + (1 << _PRECISION - 1)  # (336, 3)
+    touched = np.flatnonzero(seen.any(axis=0))
+    start, stop = touched[0], touched[-1] + 1
+
+    strip = np.empty((side, IMAGE_SIZE, 3), np.uint8)
+    strip[:] = PAD_COLOR
+    band = max(1, (_BAND_PIXELS >> 4) // width)
+    for top in range(0, side, band):
+        rows = np.asarray(picture.crop((0, top, width, min(top + band, side))), dtype=np.float64)
+        # Sums stay below 2**53, so float64 holds them exactly.
+        sums = np.einsum("ywc,wo->yoc", rows, weights[:, start:stop], optimize=True) + padding[start:stop]
+        strip[top : top + band, start:stop] = np.clip(sums.astype(np.int64) >> _PRECISION, 0, 255)
+    return Image.fromarray(strip)
 
 
 def image_views(picture: Image.Image, config: LlavaMiniConfig) -> torch.Tensor:
@@ -123,18 +174,20 @@ def image_views(picture: Image.Image, config: LlavaMiniConfig) -> torch.Tensor:
     ratio = config.resolution_ratio
     crops = [picture]
     if ratio > 1:
-        width, height = (max(1, side // ratio) for side in picture.size)
-        lefts, tops = (
-            [min(step * i, side - 1) for i in range(ratio)] for step, side in zip((width, height), picture.size)
-        )
-        crops = [picture.crop((x, y, x + width, y + height)) for y in tops for x in lefts] + crops
+        columns, rows = (_cuts(side, ratio) for side in picture.size)
+        crops = [picture.crop((left, top, right, low)) for top, low in rows for left, right in columns] + crops
     return torch.stack([square_view(crop, pad) for crop in crops])
 
 
-def _identify(file: Any, limits: Limits) -> Image.Image:
-    Image.init()
+def _cuts(side: int, ratio: int) -> list[tuple[int, int]]:
+    step = max(1, side // ratio)
+    starts = [min(step * i, side - 1) for i in range(ratio)]
+    return [(start, start + step) for start in starts]
+
+
+def _identify(file: BinaryIO, limits: Limits) -> Image.Image:
     try:
-        return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+        return open_header(file, FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # Pillow's own limit comes first for the largest pictures, and its message has only the number of pixels.
         count = re.search(r"\((\d+) pixels\)", str(error))

@@ -95,7 +95,9 @@ class Limits:
         if not isinstance(source, bytes):
             path = Path(source)
             if not path.exists():
-                raise FileNotFoundError(f"There is no file {str(path)!r}; a {noun} is given as the path of a file or as bytes.")
+                raise FileNotFoundError(
+                    f"There is no file {str(path)!r}; a {noun} is given as the path of a file or as bytes."
+                )
             if not path.is_file():
                 what = "a folder" if path.is_dir() else "not a regular file"
                 raise MediaError(f"{str(path)!r} is {what}; a {noun} is given as the path of a file or as bytes.")

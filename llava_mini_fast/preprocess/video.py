@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -14,15 +14,15 @@ import torch
 from PIL import Image
 
 from llava_mini_fast.config import IMAGE_SIZE
-from llava_mini_fast.preprocess.image import image_views, load_rgb
+from llava_mini_fast.preprocess.image import image_views, load_rgb, open_header
 from llava_mini_fast.preprocess.limits import Limits, MediaError
 
 if TYPE_CHECKING:
     from llava_mini_fast.config import LlavaMiniConfig
 
 ASSUMED_FPS = 25.0
-# FFmpeg's demuxers that may open what a caller sends. Playlists (hls, dash, concat) are not here: they name other files.
-# The sound-only ones are, so that the message can say that there is no picture in them.
+# FFmpeg's demuxers that may open what a caller sends. Playlists (hls, dash, concat) are not here: they name other
+# files. The sound-only ones are, so that the message can say that there is no video in them.
 _CONTAINERS = (
     "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,nut,ivf,obu,h264,hevc,m4v,dv,rm,yuv4mpegpipe,"
     "gif,apng,webp,wav,mp3,flac,aac"
@@ -51,7 +51,7 @@ def frame_indices(total: int, fps: float, cap: int | None = None) -> list[int]:
         count = min(count, cap)
     segment = (total - 1) / count
     edges = [round(segment * i) for i in range(count + 1)]
-    return [(start + end) // 2 for start, end in zip(edges, edges[1:])]
+    return [(start + end) // 2 for start, end in pairwise(edges)]
 
 
 def frame_rate(stated: float | None, total: int, seconds: float | None) -> float:
@@ -167,6 +167,7 @@ def _survey(file: BinaryIO, limits: Limits) -> _Clip:
         if not stream.codec_context:
             raise MediaError("The clip's video codec is not supported.")
         limits.check_size(stream.codec_context.width or 1, stream.codec_context.height or 1, "clip's frame")
+        codec = stream.codec_context.name
         packets = shown = 0
         start = end = last = None
         damaged = False
@@ -180,7 +181,7 @@ def _survey(file: BinaryIO, limits: Limits) -> _Clip:
                     break
                 packets += 1
                 # Discarded packets lie outside the edit list and give no frame; nor do VP8's hidden reference frames.
-                hidden = packet.is_discard or stream.codec_context.name == "vp8" and not bytes(packet)[0] & 0x10
+                hidden = packet.is_discard or (codec == "vp8" and not bytes(packet)[0] & 0x10)
                 shown += not hidden
                 if packet.pts is not None:
                     start = packet.pts if start is None else min(start, packet.pts)
@@ -191,7 +192,7 @@ def _survey(file: BinaryIO, limits: Limits) -> _Clip:
         length = None if end is None else float((end - start) * stream.time_base)
         fps = frame_rate(stream.average_rate, shown, length) if shown else ASSUMED_FPS
         stated = (container.duration or 0) / 1_000_000
-        damaged |= stream.frames > packets or last is not None and stated > last + max(0.5, 2 / fps)
+        damaged |= stream.frames > packets or (last is not None and stated > last + max(0.5, 2 / fps))
         if not shown:
             raise MediaError("The clip is cut off before its first frame." if damaged else "The clip has no frames.")
         if damaged:
@@ -204,7 +205,7 @@ def _survey(file: BinaryIO, limits: Limits) -> _Clip:
 def _chosen(total: int, fps: float, limits: Limits) -> list[int]:
     seconds = total / fps
     if limits.max_seconds is not None and seconds > limits.max_seconds:
-        raise MediaError(f"The clip is {seconds:,.1f} s long; at most {limits.max_seconds:,g} s are allowed.")
+        raise MediaError(f"The clip is {seconds:,.1f} s long; it may be at most {limits.max_seconds:,g} s.")
     if limits.thin_frames:
         return frame_indices(total, fps, limits.max_frames)
     wanted = frame_indices(total, fps)
@@ -233,8 +234,8 @@ def _container(file: BinaryIO) -> Any:
         return av.open(file, options={"format_whitelist": _CONTAINERS}, io_open=_no_other_file, buffer_size=1 << 18)
     except _errors():
         raise MediaError(
-            "The data is not a video that can be read: it is in no supported format (MP4, Matroska, WebM, AVI, MPEG, GIF "
-            "and others), or its index is cut off."
+            "The data is not a video that can be read: it is in no supported format (MP4, Matroska, WebM, AVI, MPEG, "
+            "GIF and others), or its index is cut off."
         ) from None
 
 
@@ -242,7 +243,7 @@ def _refuse_picture(file: BinaryIO) -> None:
     # FFmpeg reads a picture as a clip of one frame; the sender surely meant something else.
     file.seek(0)
     try:
-        picture = Image.open(file, formats=[name for name in _PICTURES if name in Image.OPEN])
+        picture = open_header(file, _PICTURES)
         animated = getattr(picture, "is_animated", False)
     except Exception:
         return

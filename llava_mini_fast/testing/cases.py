@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +101,7 @@ class Case:
         if not self.stored:
             return checkpoints.cached(self.checkpoint, self.directory, self.overrides)
         plain = mirror(self.directory / self.checkpoint)
-        if not self.overrides:
-            return plain
-        tag = "-".join(f"{key}={value}" for key, value in sorted(self.overrides.items()))
-        return checkpoints.with_overrides(plain, plain.with_name(f"{plain.name}-{tag}"), self.overrides)
+        return checkpoints.with_overrides(plain, self.overrides) if self.overrides else plain
 
 
 def load_cases(directory: str | Path) -> list[Case]:
@@ -190,13 +186,13 @@ def _wide_row(n: int, tensors: dict[str, Tensor], source: _Source, info: dict[st
     row = Row(n, PUBLISHED, "", ids, source.media, source.name)
 
     if "error" in info:
+        failure = info["error"]["type"]
         if ids.count(IMAGE_TOKEN_ID) > 1:
-            return replace(
-                row, kind=FAILS, reason=f"{info['error']['type']} in the published code", media=source.media or _blank()
-            )
+            media = source.media or _blank(source.words)
+            return replace(row, kind=FAILS, reason=f"{failure} in the published code", media=media)
         if source.media is None:
             return replace(row, kind=UNREADABLE, reason=f"pixels: {source.words!r}")
-        return replace(row, kind=ALONE, reason=f"the published code fails on the batch ({info['error']['type']})")
+        return replace(row, kind=ALONE, reason=f"the published code fails on the batch ({failure})")
     if source.media is None and source.words:
         return replace(row, kind=UNREADABLE, reason=f"pixels: {source.words!r}")
     if source.media is not None and not counted[0]:
@@ -208,7 +204,7 @@ def _wide_row(n: int, tensors: dict[str, Tensor], source: _Source, info: dict[st
     row = replace(row, fused=fused, raw_only=_raw_only(ids, source.media, fused, overrides))
     if not kept[-1]:
         return replace(row, kind=ALONE, reason="fused rows as published; its generate() starts this row at padding")
-    if batch > 1 and mask is None:
+    if batch > 1 and mask is None and not _before_repeated_end(padded).all():
         row = replace(row, reason="no attention mask: padding is part of the prompt")
     return replace(row, tokens=tensors["generated_ids"][n].tolist(), margins=tensors["generated_margin"][n].tolist())
 
@@ -270,22 +266,20 @@ def _sources(directory: Path, pixels: dict[str, Any] | None, count: int) -> list
 
     - `file` (one) and `key`: one row, an image of shape (V, ...) or a video of shape (T, V, ...);
     - `file` "a + b" and `images` "stack ...": one image a row;
-    - `images` "list [a[:n] (...), b (...)]": one file of pixels/ a row, cut to its first n frames where it says so;
-    - `images` "(rows, V, 3, 336, 336) ..." or "(rows, T=n, V, ...)", of a case that fails: the shape, of blank pixels.
+    - `images` "list [a[:n] (...), b (...)]": one file of pixels/ a row, cut to its first n frames where it says so.
+
+    Anything else is left to the reader, in `words`.
     """
     if pixels is None:
         return [_Source()] * count
     words, key = pixels.get("images", ""), pixels.get("key", "pixel_values")
     files = pixels["file"].split(" + ") if "file" in pixels else []
-    if len(files) == 1 and count == 1 or len(files) == count and words.startswith("stack"):
+    if files and len(files) == count and (count == 1 or words.startswith("stack")):
         return [_stored(directory / file, key, file) for file in files]
     items = re.findall(r"(\w+)(?:\[:(\d+)\])? \(\d-dim\)", words)
     if words.startswith("list [") and len(items) == count:
         named = [(f"pixels/{name}.safetensors", int(frames) if frames else None) for name, frames in items]
         return [_stored(directory / file, key, file, frames) for file, frames in named]
-    shape = re.search(r"\((?:T=|[\d, ])+\)", words)
-    if shape and count == 1:
-        return [_Source(_blank([int(size) for size in re.findall(r"\d+", shape[0])][1:]), "blank", words)]
     return [_Source(words=words or "nothing said")] * count
 
 
@@ -296,11 +290,13 @@ def _stored(path: Path, key: str, name: str, frames: int | None = None) -> _Sour
     return _Source(lmf_media.image(pixels) if pixels.ndim == 4 else lmf_media.video(pixels), name)
 
 
-def _blank(shape: list[int] | None = None) -> Media:
-    """Grey media of a recorded shape, for prompts that must be refused whatever the picture shows."""
-    if not shape or shape[-3:] != [3, IMAGE_SIZE, IMAGE_SIZE] or len(shape) not in (4, 5) or prod(shape[:-3]) > 64:
-        shape = [1, 3, IMAGE_SIZE, IMAGE_SIZE]
-    return lmf_media.image(torch.zeros(shape)) if len(shape) == 4 else lmf_media.video(torch.zeros(shape))
+def _blank(words: str) -> Media:
+    """Grey media for a prompt that must be refused whatever it shows: of the shape "(rows, V, 3, 336, 336)" or
+    "(rows, T=n, V, 3, 336, 336)" that stands in the words, else an image."""
+    found = re.search(r"\(\d+,(?:T=(\d+),)?(\d+),3,336,336\)", words)
+    frames, views = found.groups() if found else (None, "1")
+    view = torch.zeros(int(views), 3, IMAGE_SIZE, IMAGE_SIZE)
+    return lmf_media.image(view) if frames is None else lmf_media.video(view.repeat(int(frames), 1, 1, 1, 1))
 
 
 def _before_repeated_end(ids: Tensor) -> Tensor:

@@ -90,14 +90,12 @@ def cached(name: str, goldens_dir: str | Path | None = None, overrides: Mapping[
     files = [Path(__file__), *sorted(tokenizer.iterdir())]
     plain = cache_root() / f"{name}-{_digest(recipe, *(file.read_bytes() for file in files))}"
     make_checkpoint(recipe, plain, tokenizer)
-    if not overrides:
-        return plain
-    changed = plain.with_name(f"{plain.name}-{_digest(dict(overrides))}")
-    return with_overrides(plain, changed, overrides)
+    return with_overrides(plain, overrides) if overrides else plain
 
 
-def with_overrides(source: Path, out: Path, overrides: Mapping[str, Any]) -> Path:
-    """A directory of links to the checkpoint `source`'s files, but for a config.json with `overrides` applied."""
+def with_overrides(source: Path, overrides: Mapping[str, Any]) -> Path:
+    """A directory beside `source` of links to its files, but for a config.json with `overrides` applied."""
+    out = source.with_name(f"{source.name}-{_digest(dict(overrides))}")
     with _appearing(out) as folder:
         if folder is not None:
             for entry in source.iterdir():

@@ -1,0 +1,8 @@
+"""`python -m llava_mini_fast.demo`, which is what `make run` runs."""
+
+import sys
+
+from llava_mini_fast.demo import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The front end as a batch engine: how requests and frames are grouped never changes what comes out."""
+
+import pytest
+import torch
+
+import llava_mini_fast as lmf
+from llava_mini_fast.testing.numerics import law_bound
+
+TEXT = [5, 17, -200, 301, 44, 0, 9]
+
+
+def frames(count, seed=0):
+    return torch.randn(count, 1, 3, 336, 336, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def front(model):
+    return model("llama31").front
+
+
+def close(a, b):
+    return a.shape == b.shape and (a - b).abs().max().item() < 1e-4
+
+
+def test_a_batch_gives_what_each_request_gives_alone(front):
+    clip, other = lmf.video(frames(3)), lmf.image(frames(1, seed=7)[0])
+    requests = [(TEXT, clip), ([1, 2, 3], None), ([-200], other), (TEXT + [8] * 40, other), ([4, 5], clip)]
+    together = front.fuse(requests)
+    for request, rows in zip(requests, together):
+        assert close(rows, front.fuse([request])[0])
+
+
+@pytest.mark.parametrize("views_per_chunk", [1, 3, 64])
+def test_chunks_of_frames(front, views_per_chunk, monkeypatch):
+    requests = [(TEXT, lmf.video(frames(5))), (TEXT[:4], lmf.image(frames(1, seed=3)[0]))]
+    expected = front.fuse(requests)
+    monkeypatch.setattr(front, "views_per_chunk", views_per_chunk)
+    assert all(close(a, b) for a, b in zip(front.fuse(requests), expected))
+
+
+def count_views(front, monkeypatch):
+    seen = []
+    forward = front.vision_tower.forward
+    monkeypatch.setattr(front.vision_tower, "forward", lambda pixels: (seen.append(pixels.shape[0]), forward(pixels))[1])
+    return seen
+
+
+def test_equal_frames_are_computed_once(front, monkeypatch):
+    seen = count_views(front, monkeypatch)
+    clip = frames(2)
+    twice = torch.cat([clip, clip[:1]])
+    a, b, c = front.fuse([(TEXT, lmf.video(twice)), (TEXT[:4], lmf.image(clip[0])), (TEXT, lmf.image(clip[0]))])
+    assert sum(seen) == 2
+    assert a.shape == (len(TEXT) - 1 + 3, 256)
+    assert torch.equal(a[2], a[4])  # vision rows of the equal frames
+    text = torch.stack([front.fuse([(TEXT, lmf.image(f))])[0] for f in twice])
+    keep = [0, 1, 3, 4, 6]
+    assert close(a[[0, 1, 5, 6, 8]], text[:, keep].mean(0))
+    assert close(b, c[:4])
+
+
+def test_rows_with_id_0_or_less_are_plain_embeddings_and_unseen(front):
+    image = lmf.image(frames(1)[0])
+    (with_zero,) = front.fuse([(TEXT, image)])
+    (without,) = front.fuse([([i for i in TEXT if i], image)])
+    assert torch.equal(with_zero[5], front.embed_text(torch.tensor([0]))[0])
+    assert close(with_zero[[0, 1, 2, 3, 4, 6]], without)
+
+
+def test_a_prompt_of_masked_rows_alone(front):
+    (rows,) = front.fuse([([0, -200, 0], lmf.image(frames(1)[0]))])
+    assert rows.isfinite().all() and torch.equal(rows[0], rows[2])
+
+
+def test_requests_in_any_number(front):
+    assert front.fuse([]) == []
+    (empty,) = front.fuse([([], None)])
+    assert empty.shape == (0, 256)
+
+
+def test_low_precision_batches_obey_the_law(model):
+    requests = [(TEXT, lmf.video(frames(3))), (TEXT[:4], lmf.image(frames(1, seed=3)[0]))]
+    exact = model("llama31").front.fuse(requests)
+    low = model("llama31", "bfloat16").front
+    for request, rows, reference in zip(requests, low.fuse(requests), exact):
+        (alone,) = low.fuse([request])
+        assert (rows.float() - reference).abs().max().item() <= law_bound(reference, alone)

@@ -1,0 +1,79 @@
+"""Tokens equal to the published code's, in every way that vLLM may cut, order, cache and repeat the work."""
+
+import pytest
+
+from llava_mini_fast.vllm_plugin import prompt
+
+CHECKPOINTS = ("llama31", "llama31_c2", "llama31_hd", "tower_inside", "vicuna")
+BLOCK = 32
+
+
+def wrong(goldens, answers):
+    """Names of the cases whose tokens differ from the published ones."""
+    assert len(goldens) == len(answers)
+    return [golden.name for golden, answer in zip(goldens, answers) if answer.tokens != golden.row.tokens]
+
+
+def lengths(goldens):
+    return [len(golden.row.tokens) for golden in goldens]
+
+
+def ask(vllm, goldens):
+    goldens = list(goldens)
+    return vllm.generate([golden.prompt for golden in goldens], lengths(goldens))
+
+
+def test_every_case_is_run_or_listed(goldens):
+    run = [name for checkpoint in CHECKPOINTS for name in goldens(checkpoint)]
+    assert len(run) == 19  # and `truncated`, which only the raw door takes: see test_bad_input.py
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_one_at_a_time_and_in_one_batch(v1, goldens, checkpoint):
+    cases = list(goldens(checkpoint).values())
+    v1.start(cases[0].case.checkpoint_directory())
+    assert wrong(cases, [answer for case in cases for answer in ask(v1, [case])]) == []
+    assert wrong(cases[::-1], ask(v1, cases[::-1])) == []
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_prefix_caching_with_repeats(v1, goldens, checkpoint):
+    cases = list(goldens(checkpoint).values())
+    v1.start(cases[0].case.checkpoint_directory(), enable_prefix_caching=True)
+    assert wrong(cases, ask(v1, cases)) == []
+    mixed = cases + cases[::-1]
+    again = ask(v1, mixed)
+    assert wrong(mixed, again) == []
+    for case, answer in zip(mixed, again):
+        # every full block, up to the last row: something must be run to sample from
+        assert answer.cached == (len(case.row.fused) - 1) // BLOCK * BLOCK, case.name
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_chunked_prefill(v1, goldens, checkpoint):
+    cases = list(goldens(checkpoint).values())
+    assert max(len(case.row.fused) for case in cases) > 64
+    v1.start(cases[0].case.checkpoint_directory(), max_num_batched_tokens=64, max_num_seqs=8)
+    assert wrong(cases, ask(v1, cases)) == []
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_preemption(v1, goldens, checkpoint):
+    """Text requests that came first grow while cases run that filled the cache to its last block."""
+    cases = list(goldens(checkpoint).values())
+    cases *= -(-3 // len(cases))
+    blocks = [-(-len(case.row.fused) // BLOCK) for case in cases]
+    growing = [prompt(range(100, 100 + length)) for length in (28, 12)]  # a block each, one more after 5 and 21 tokens
+    v1.start(
+        cases[0].case.checkpoint_directory(),
+        count=True,
+        max_model_len=(max(blocks) + 1) * BLOCK,  # and so many rows are kept of the encoder's outputs
+        max_num_batched_tokens=64,
+        max_num_seqs=8,
+        num_gpu_blocks_override=1 + len(growing) + blocks[0] + blocks[1],
+    )
+    prompts = growing + [case.prompt for case in cases]
+    answers = v1.generate(prompts, [90] * len(growing) + lengths(cases), ignore_eos=True)
+    print(blocks, v1.call("metric", "vllm:num_preemptions"), v1.call("counted"))
+    assert wrong(cases, answers[len(growing) :]) == []
+    assert v1.call("metric", "vllm:num_preemptions") > 0

@@ -1,0 +1,120 @@
+"""One vLLM process for the tests: does what it is told over a socket, one engine at a time.
+
+Started by conftest.py as `python worker.py FD`. A request is (operation, arguments); the reply is (True, result) or
+(False, the exception's class names, its message, its traceback).
+"""
+
+import gc
+import sys
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class Worker:
+    """The operations. Everything that goes in or out is pickled."""
+
+    def __init__(self):
+        self.llm = None
+        self.calls: dict[str, list[int]] = {}
+
+    def start(self, checkpoint: str, options: dict[str, Any], hash_without_ids: bool, count: bool) -> None:
+        """An engine; the one before it is closed. `count`: keep book of the front end's work, for `counted`."""
+        from vllm import LLM
+
+        from llava_mini_fast.vllm_plugin import processor, segments
+
+        self.stop()
+        processor.segment_hash = _hash_without_ids if hash_without_ids else segments.segment_hash
+        self.llm = LLM(checkpoint, **options)
+        if count:
+            self.llm.apply_model(self._count)
+
+    def stop(self) -> None:
+        if self.llm is None:
+            return
+        self.llm.llm_engine.engine_core.shutdown()
+        self.llm = None
+        gc.collect()
+
+    def reset(self) -> None:
+        """Forget every cached thing."""
+        assert self.llm.reset_prefix_cache()
+        self.llm.reset_mm_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+
+    def generate(self, prompts: list[Any], sampling: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return self._answers(self.llm.generate(prompts, _params(sampling), use_tqdm=False))
+
+    def chat(self, messages: list[Any], sampling: list[dict[str, Any]], options: dict[str, Any]) -> list[dict[str, Any]]:
+        return self._answers(self.llm.chat(messages, _params(sampling), use_tqdm=False, **options))
+
+    def tokenize(self, text: str) -> list[int]:
+        """As vLLM does with a text prompt."""
+        return self.llm.get_tokenizer()(text)["input_ids"]
+
+    def metric(self, name: str) -> int:
+        return sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)
+
+    def counted(self) -> dict[str, list[int]]:
+        """Since the last call: "tower" has the views of each run of the vision tower, "embed" the items of each call."""
+        counted = {name: list(found) for name, found in self.calls.items()}
+        for found in self.calls.values():
+            found.clear()
+        return counted
+
+    def _count(self, model: Any) -> None:
+        tower, embeds = [], []
+        self.calls = {"tower": tower, "embed": embeds}
+        model.front.vision_tower.register_forward_pre_hook(lambda _, args: tower.append(len(args[0])))
+        embed = model.embed_multimodal
+
+        def embed_multimodal(**items: Any) -> Any:
+            embeds.append(len(items["pixels"]))
+            return embed(**items)
+
+        model.embed_multimodal = embed_multimodal
+
+    @staticmethod
+    def _answers(outputs: list[Any]) -> list[dict[str, Any]]:
+        return [
+            {
+                "tokens": list(output.outputs[0].token_ids),
+                "cached": output.num_cached_tokens,
+                "prompt": list(output.prompt_token_ids),
+            }
+            for output in outputs
+        ]
+
+
+def _params(sampling: list[dict[str, Any]]) -> list[Any]:
+    from vllm import SamplingParams
+
+    return [SamplingParams(**one) for one in sampling]
+
+
+def _hash_without_ids(model: str, kind: str, pixels: str, digests: Any, start: int, ids: Any) -> str:
+    """The mistake that the negative control makes: text rows are taken for a function of the media alone."""
+    from llava_mini_fast.vllm_plugin.segments import segment_hash
+
+    return segment_hash(model, kind, pixels, digests, start, ())
+
+
+def main() -> None:
+    connection = Connection(int(sys.argv[1]))
+    worker = Worker()
+    while True:
+        try:
+            operation, arguments = connection.recv()
+        except EOFError:
+            return worker.stop()
+        try:
+            reply = (True, getattr(worker, operation)(*arguments))
+        except Exception as error:
+            names = [cls.__name__ for cls in type(error).__mro__]
+            reply = (False, names, str(error), traceback.format_exc())
+        connection.send(reply)
+
+
+if __name__ == "__main__":
+    main()
