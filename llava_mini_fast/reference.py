@@ -40,6 +40,11 @@ def part(weights: Weights, prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32 at least: where the published code leaves low precision, as norms, softmax and angles do."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
     """(..., in) -> (..., out); the bias is added where the checkpoint has one."""
     y = x @ weights[f"{name}.weight"].T
@@ -49,13 +54,13 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(..., D) -> (..., D), with the biased variance."""
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps) * weight + bias
+    centred = wide(x) - wide(x).mean(-1, keepdim=True)
+    return (centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps) * weight + bias).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """(..., H) -> (..., H)."""
-    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    """(..., H) -> (..., H), in Llama's order of casts: wide inside, back to x's dtype, then the weight."""
+    return (wide(x) / torch.sqrt(wide(x).square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -93,7 +98,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     scores = q @ k.repeat_interleave(group, 0).transpose(1, 2) / math.sqrt(q.shape[-1])
     if visible is not None:
         scores = scores.masked_fill(~visible, -math.inf)
-    return (scores.softmax(-1) @ v.repeat_interleave(group, 0)).transpose(0, 1).flatten(1)
+    return (wide(scores).softmax(-1).to(v.dtype) @ v.repeat_interleave(group, 0)).transpose(0, 1).flatten(1)
 
 
 def clip_features(view: Tensor, weights: Weights, config: Mapping[str, Any], select_layer: int = -2) -> Tensor:
@@ -199,8 +204,8 @@ def rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
 
     Pairs are an element of the first half and its partner in the second, as in Llama.
     """
-    angles = (positions.float()[:, None] * frequencies).to(x.dtype)
-    cos, sin = angles.cos(), angles.sin()
+    angles = (positions.float()[:, None] * frequencies).to(wide(x).dtype)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 

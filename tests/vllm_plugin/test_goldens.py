@@ -2,7 +2,9 @@
 
 import pytest
 
+from llava_mini_fast.config import LlavaMiniConfig
 from llava_mini_fast.vllm_plugin import prompt
+from llava_mini_fast.vllm_plugin.segments import ids_of_segment, spans
 
 CHECKPOINTS = ("llama31", "llama31_c2", "llama31_hd", "tower_inside", "vicuna")
 BLOCK = 32
@@ -21,6 +23,17 @@ def lengths(goldens):
 def ask(vllm, goldens):
     goldens = list(goldens)
     return vllm.generate([golden.prompt for golden in goldens], lengths(goldens))
+
+
+def segments(case):
+    """What tells the case's multimodal items apart from those of other cases."""
+    row = case.row
+    if row.media is None:
+        return []
+    turn_ends = LlavaMiniConfig.from_pretrained(case.case.checkpoint_directory()).eos_token_ids
+    num_vision = len(row.fused) - len(row.prompt_ids) + 1
+    cuts = spans(row.prompt_ids, row.prompt_ids.index(-200), num_vision, turn_ends)
+    return [(row.media_name, start, *ids_of_segment(row.prompt_ids, stop, num_vision)) for start, stop in cuts]
 
 
 def test_every_case_is_run_or_listed(goldens):
@@ -59,21 +72,26 @@ def test_chunked_prefill(v1, goldens, checkpoint):
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_preemption(v1, goldens, checkpoint):
-    """Text requests that came first grow while cases run that filled the cache to its last block."""
-    cases = list(goldens(checkpoint).values())
+    """Text requests that came first grow while two cases run that had filled the cache to its last block."""
+    cases = sorted(goldens(checkpoint).values(), key=lambda case: -len(case.row.fused))
+    items = {item for case in cases for item in segments(case)}
     cases *= -(-3 // len(cases))
     blocks = [-(-len(case.row.fused) // BLOCK) for case in cases]
-    growing = [prompt(range(100, 100 + length)) for length in (28, 12)]  # a block each, one more after 5 and 21 tokens
+    # one block each, and one more after 4, 6, ... 18 tokens: enough to send both cases away
+    growing = [prompt(range(100, 100 + length)) for length in range(29, 13, -2)]
     v1.start(
         cases[0].case.checkpoint_directory(),
         count=True,
-        max_model_len=(max(blocks) + 1) * BLOCK,  # and so many rows are kept of the encoder's outputs
+        max_model_len=(max(blocks) + 1) * BLOCK,  # the encoder cache holds so many rows: less than two cases
         max_num_batched_tokens=64,
-        max_num_seqs=8,
+        max_num_seqs=len(growing) + 4,
         num_gpu_blocks_override=1 + len(growing) + blocks[0] + blocks[1],
     )
     prompts = growing + [case.prompt for case in cases]
-    answers = v1.generate(prompts, [90] * len(growing) + lengths(cases), ignore_eos=True)
-    print(blocks, v1.call("metric", "vllm:num_preemptions"), v1.call("counted"))
+    answers = v1.generate(prompts, [30] * len(growing) + lengths(cases), ignore_eos=True)
     assert wrong(cases, answers[len(growing) :]) == []
     assert v1.call("metric", "vllm:num_preemptions") > 0
+    embedded = sum(v1.call("counted")["embed"])
+    print(embedded, len(items))
+    if len(items) > 2:
+        assert embedded > len(items)  # some had left the encoder cache and were computed again

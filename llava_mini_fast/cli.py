@@ -1,0 +1,241 @@
+"""The command line, `llava-mini`. Each command calls one function elsewhere, imported inside it so that --help is quick."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from llava_mini_fast import terminal
+
+SEEDED = "llama31"
+"""Recipe of the checkpoint that answers when no model is named."""
+
+app = typer.Typer(
+    name="llava-mini",
+    help="Ask LLaVA-Mini about pictures and clips, check the engine, look at the environment.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Engine = Literal["torch", "vllm"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Style = Literal["chat", "published"]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _examples(*lines: str) -> str:
+    """An epilog with one command a line."""
+    return "\n\n".join(["[bold]Examples[/bold]", *(f"  {line}" for line in lines)])
+
+
+@app.callback(
+    epilog=_examples(
+        'llava-mini ask picture.png "What is this?" --model path/or/hub-name',
+        "llava-mini verify tests/goldens",
+        "llava-mini doctor",
+    )
+)
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=lambda on: _version(on), help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import llava_mini_fast
+
+        typer.echo(f"llava-mini-fast {llava_mini_fast.__version__}")
+        raise typer.Exit
+
+
+@app.command(
+    epilog=_examples(
+        'llava-mini ask picture.png "What is this?" --model path/or/hub-name --stream',
+        'llava-mini ask clip.mp4 "What happens?" --model path/or/hub-name --engine vllm --dtype bfloat16',
+        'llava-mini ask - "What is a mural?" --model path/or/hub-name --temperature 0.7 --top-p 0.9',
+    )
+)
+def ask(
+    media: Annotated[
+        str, typer.Argument(metavar="MEDIA", help='A picture or a clip, told apart by content; "-" for text alone.')
+    ],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="A checkpoint directory or hub name. Without it a seeded checkpoint answers, with nonsense."),
+    ] = None,
+    engine: Annotated[Engine, typer.Option(help="torch starts at once; vllm takes its start-up time first.")] = "torch",
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above 0 samples.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that reach this probability.")
+    ] = 1.0,
+    dtype: Annotated[Dtype, typer.Option(help="What the model computes in.")] = "float32",
+    style: Annotated[
+        Style, typer.Option(help="The prompt as in training (chat) or as the published scripts send it.")
+    ] = "chat",
+    debug: Debug = False,
+) -> None:
+    """Ask one question about a picture, about a clip, or about nothing."""
+    with _sentences(debug):
+        medium = None if media == "-" else _guess(media)
+        if model is None:
+            model = _seeded()
+        loaded = _load(engine, model, dtype, max_tokens)
+        if stream and engine == "vllm":
+            _say("--stream: vLLM's offline engine gives the whole answer at once, when it is done.")
+        pieces = loaded.ask(
+            medium, question, max_tokens, stream=True, temperature=temperature, top_p=top_p, style=style
+        )
+        for piece in pieces if stream else ["".join(pieces)]:
+            sys.stdout.write(terminal.printable(piece))
+            sys.stdout.flush()
+        typer.echo()
+
+
+@app.command(
+    epilog=_examples(
+        "llava-mini verify tests/goldens",
+        "llava-mini verify tests/goldens --engine vllm --json result.json",
+    )
+)
+def verify(
+    goldens: Annotated[Path, typer.Argument(metavar="GOLDENS_DIR", help="A directory with cases/*.json.")],
+    engine: Annotated[
+        Engine, typer.Option(help="torch compares fused rows and tokens, vllm tokens alone.")
+    ] = "torch",
+    dtype: Annotated[Dtype | None, typer.Option(help="Run only the cases of this dtype.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the results there too.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Run recorded outputs of the published code through an engine and compare.
+
+    Exits with 1 if a row is wrong or nothing was run.
+    """
+    with _sentences(debug):
+        from llava_mini_fast.testing import goldens as table
+        from llava_mini_fast.testing import verify as runner
+
+        with _progress(f"verify {goldens} ({engine})") as advance:
+            results = runner.verify(goldens, engine, dtype, progress=advance)
+        typer.echo(table.format_table(results))
+        if json is not None:
+            json.write_text(runner.to_json(results, goldens=str(goldens), engine=engine), encoding="utf-8")
+        if not runner.passed(results):
+            raise typer.Exit(1)
+
+
+@app.command(epilog=_examples("llava-mini doctor"))
+def doctor(debug: Debug = False) -> None:
+    """Show versions, devices, which engines and kernels work here, and why others don't.
+
+    Exits with 1 only if the torch engine can't work.
+    """
+    with _sentences(debug):
+        from llava_mini_fast.doctor import examine
+
+        with _status("looking around"):
+            report = examine()
+        _print_report(report)
+        if not report.healthy:
+            _say("the torch engine does not work here; see above.")
+            raise typer.Exit(1)
+
+
+@contextmanager
+def _sentences(debug: bool) -> Iterator[None]:
+    """Errors that the user can do something about become a sentence and exit status 1; Ctrl-C becomes 130."""
+    with warnings.catch_warnings():
+        warnings.showwarning = terminal.show_warning
+        terminal.quiet()
+        try:
+            yield
+        except KeyboardInterrupt:
+            _say("interrupted")
+            raise typer.Exit(130) from None
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+            if isinstance(error, typer.Exit):
+                raise
+            if debug:
+                traceback.print_exc()
+            _say(f"error: {terminal.sentence(error)}")
+            raise typer.Exit(1) from None
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _guess(path: str) -> Any:
+    from llava_mini_fast.preprocess.guess import guess
+
+    return guess(path)
+
+
+def _seeded() -> str:
+    from llava_mini_fast.testing.checkpoints import cached
+
+    directory = cached(SEEDED)
+    _say(f"no --model: a checkpoint drawn from a seed answers, and its answers mean nothing ({directory})")
+    return str(directory)
+
+
+def _load(engine: str, model: str, dtype: str, max_tokens: int) -> Any:
+    with _status(f"loading {model}"):
+        if engine == "vllm":
+            from llava_mini_fast.vllm_plugin.offline import OfflineEngine
+
+            return OfflineEngine(model, dtype, max_tokens)
+        import llava_mini_fast as lmf
+
+        return lmf.load(model, dtype=dtype)
+
+
+def _console(stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def _status(text: str) -> Any:
+    """A spinner on the terminal while a block runs; nothing where stderr is a file."""
+    return _console(stderr=True).status(f"{text} ...")
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Any]:
+    """A bar on stderr; yields a function of (one more result, how many there are in all)."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda result, total: bar.update(task, advance=1, total=total, description=f"{title}: {result.case}")
+
+
+def _print_report(report: Any) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"ok": "green", "warning": "yellow", "bad": "red"}
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for title, findings in report.sections.items():
+        table.add_row(Text(title, style="bold"))
+        for finding in findings:
+            colour = colours[finding.state]
+            table.add_row(Text(f"  {finding.name}"), Text(finding.value, style=colour), Text(finding.note))
+    _console().print(table)
