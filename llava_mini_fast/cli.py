@@ -98,10 +98,8 @@ def ask(
         loaded = _load(engine, model, dtype, max_tokens)
         if stream and engine == "vllm":
             _say("--stream: vLLM's offline engine gives the whole answer at once, when it is done.")
-        pieces = loaded.ask(
-            medium, question, max_tokens, stream=True, temperature=temperature, top_p=top_p, style=style
-        )
-        for piece in pieces if stream else ["".join(pieces)]:
+        answer = loaded.ask(medium, question, max_tokens, stream, temperature=temperature, top_p=top_p, style=style)
+        for piece in answer if stream else [answer]:
             sys.stdout.write(terminal.printable(piece))
             sys.stdout.flush()
         typer.echo()
@@ -167,9 +165,9 @@ def _sentences(debug: bool) -> Iterator[None]:
         except KeyboardInterrupt:
             _say("interrupted")
             raise typer.Exit(130) from None
+        except typer.Exit:
+            raise
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-            if isinstance(error, typer.Exit):
-                raise
             if debug:
                 traceback.print_exc()
             _say(f"error: {terminal.sentence(error)}")
@@ -222,7 +220,7 @@ def _progress(title: str) -> Iterator[Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_console(stderr=True)) as bar:
+    with Progress(*columns, console=_console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None)
         yield lambda result, total: bar.update(task, advance=1, total=total, description=f"{title}: {result.case}")
 

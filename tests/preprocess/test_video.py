@@ -252,14 +252,22 @@ def test_no_frames(draw):
         numbers(draw(count=0, fmt="avi"))
 
 
-def test_sound_alone(tmp_path):
+@pytest.mark.parametrize("cover", [False, True])
+def test_sound_alone(cover, tmp_path):
     path = tmp_path / "sound.mp4"
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=16000)
+        audio = container.add_stream("aac", rate=16000)
+        if cover:
+            picture = container.add_stream("mjpeg", rate=1)
+            picture.width, picture.height, picture.pix_fmt = 64, 48, "yuvj420p"
+            picture.disposition = av.stream.Disposition.attached_pic
+            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+            container.mux(picture.encode(frame))
+            container.mux(picture.encode(None))
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         frame.sample_rate = 16000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+        container.mux(audio.encode(frame))
+        container.mux(audio.encode(None))
     with pytest.raises(MediaError, match="no video stream"):
         numbers(path)
 
