@@ -2,14 +2,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from llava_mini_fast.checkpoint import FRONT_PREFIXES, TOWER_PREFIX
 from llava_mini_fast.config import IMAGE_TOKEN_ID, LlavaMiniConfig
+from llava_mini_fast.image_cache import CacheSizes, ImageCache
 from llava_mini_fast.media import Media
 from llava_mini_fast.model.compressor import Compressor
 from llava_mini_fast.model.prefusion import PreFusion
@@ -17,12 +19,19 @@ from llava_mini_fast.model.projector import projector
 from llava_mini_fast.model.splice import placeholder_index, splice
 from llava_mini_fast.model.vision_tower import VisionTower, grid_of_tiles
 from llava_mini_fast.ops.frame_mean import add_frames
-from llava_mini_fast.preprocess.views import Views, normalize, views
+from llava_mini_fast.preprocess.prefetch import prefetch
+from llava_mini_fast.preprocess.views import Views, normalize, stream
 
 logger = logging.getLogger(__name__)
 
 Request = tuple[Sequence[int], Media | Views | None]
 """(prompt ids with -200 where the media goes, media)."""
+
+CHUNK_BYTES = 1 << 30
+"""Memory that the activations of one chunk of frames may take, roughly; decides how many frames run together."""
+MAX_CHUNK_VIEWS = 64
+PREFETCH_FRAMES = 8
+"""Frames decoded ahead of the one at work."""
 
 
 class FusionFrontEnd(nn.Module):
@@ -34,20 +43,41 @@ class FusionFrontEnd(nn.Module):
     """
 
     def __init__(self, config: LlavaMiniConfig, embed_text: Callable[[Tensor], Tensor]):
+        from transformers.initialization import no_init_weights
+
         super().__init__()
         self.config = config
         # a module would become part of this one, and its weights are the language model's
         self.embed_text = embed_text.forward if isinstance(embed_text, nn.Module) else embed_text
         self._loaded: set[str] = set()
-        self.views_per_chunk = 8
-        self.vision_tower = VisionTower(config.clip_config(), config.mm_vision_select_layer)
+        with no_init_weights():  # every parameter is loaded, or filled by vLLM's dummy loader
+            self.vision_tower = VisionTower(config.clip_config(), config.mm_vision_select_layer)
+            self.compressor = Compressor(config.compressor_size, config.mm_hidden_size)
+            self.mm_projector = projector(config.mm_hidden_size, config.hidden_size)
+            self.prefusion_layers = PreFusion(config)
         if self.vision_tower.width != config.mm_hidden_size:
             raise ValueError(
                 f"the vision tower is {self.vision_tower.width} wide and the config's mm_hidden_size is {config.mm_hidden_size}."
             )
-        self.compressor = Compressor(config.compressor_size, config.mm_hidden_size)
-        self.mm_projector = projector(config.mm_hidden_size, config.hidden_size)
-        self.prefusion_layers = PreFusion(config)
+        self.configure()
+
+    def configure(self, sizes: CacheSizes | None = None, frames_per_chunk: int | None = None) -> None:
+        """Size the image cache and the chunks, dropping what is cached. Results never depend on either.
+
+        Args:
+            sizes: bytes of the image cache's tiers; default `CacheSizes.from_env()` (1 GiB on the device, 4 in host memory).
+            frames_per_chunk: frames that run together; default as many as `CHUNK_BYTES` of activations allow.
+        """
+        if frames_per_chunk is not None and frames_per_chunk < 1:
+            raise ValueError(f"frames_per_chunk must be at least 1; got {frames_per_chunk}.")
+        self.cache = ImageCache(
+            slot=self.prefusion_layers.slot_shape(),
+            vision=(self.config.num_compressed, self.config.hidden_size),
+            dtype=self.dtype,
+            device=self.device,
+            sizes=CacheSizes.from_env() if sizes is None else sizes,
+            chunk=frames_per_chunk or frames_that_fit(self.config, self.dtype.itemsize),
+        )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Fill every parameter from (published name, tensor) pairs; the language model's names are passed over.
@@ -64,7 +94,7 @@ class FusionFrontEnd(nn.Module):
         if not name.startswith(FRONT_PREFIXES):
             return False
         name = canonical_name(name)
-        target = self._published_targets().get(name)
+        target = self._targets.get(name)
         if target is None:
             # a tower brings layers that are never run; anything else is worth a word
             if not name.startswith(TOWER_PREFIX):
@@ -78,13 +108,17 @@ class FusionFrontEnd(nn.Module):
 
     def finish_loading(self) -> None:
         """Check that every tensor has come, and prepare what is derived from them. ValueError names a missing one."""
-        missing = sorted(self._published_targets().keys() - self._loaded)
+        missing = sorted(self._targets.keys() - self._loaded)
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise ValueError(f"the checkpoint lacks tensor {missing[0]}{more}, which the model needs.")
+        del self._targets  # the next load, if any, looks again
         self.compressor.refold()
+        self.cache.clear()
 
-    def _published_targets(self) -> dict[str, Tensor]:
+    @cached_property
+    def _targets(self) -> dict[str, Tensor]:
+        """Published name -> the tensor, or the slice of a packed one, that it fills."""
         targets = {TOWER_PREFIX + n.removeprefix("clip."): p.data for n, p in self.vision_tower.named_parameters()}
         targets |= {f"model.mm_projector.{n}": p.data for n, p in self.mm_projector.named_parameters()}
         targets |= {f"model.compressor.{n}": p.data for n, p in self.compressor.named_parameters()}
@@ -102,14 +136,16 @@ class FusionFrontEnd(nn.Module):
         return self.compressor.query.device
 
     @torch.inference_mode()
-    def fuse(self, requests: Sequence[Request]) -> list[Tensor]:
+    def fuse(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Tensor]:
         """Fused rows of every request: what the language model receives in place of token embeddings.
 
         A request without media gives plain embeddings (no pre-fusion, as published). Media without placeholder gives the
-        fused text alone. Equal frames of one call, by content, are computed once; frames run in chunks of bounded memory.
+        fused text alone. Clips are decoded while earlier frames are at work, and run in chunks of bounded memory; frames
+        whose image part is cached, or that come twice in a chunk, are not computed again.
 
         Args:
             requests: (prompt_ids, media) pairs; media is a Media, prepared Views, or None.
+            progress: called with the number of frames done since the last call.
 
         Returns: per request (rows, H) in the model's dtype; rows = len(prompt_ids) - 1 + frames * Q with a placeholder.
 
@@ -118,14 +154,11 @@ class FusionFrontEnd(nn.Module):
             MediaError (a ValueError): the media can't be used.
         """
         jobs = [self._job(ids, media) for ids, media in requests]
-        frames: dict[bytes, _Frame] = {}
-        for job in jobs:
-            for index, digest in enumerate(job.views.digests if job.views else ()):
-                frame = frames.setdefault(digest, _Frame(job.views.pixels[index]))
-                frame.uses.append((job, index))
-        queue, size = list(frames.values()), max(1, self.views_per_chunk // self.config.views_per_frame)
-        for start in range(0, len(queue), size):
-            self._fuse_chunk(queue[start : start + size])
+        self.cache.begin()
+        for chunk in self._chunks(jobs):
+            self._fuse_chunk(chunk)
+            if progress is not None:
+                progress(sum(len(frame.uses) for frame in chunk.values()))
         return [job.rows() for job in jobs]
 
     def _job(self, prompt_ids: Sequence[int], media: Media | Views | None) -> _Job:
@@ -135,33 +168,55 @@ class FusionFrontEnd(nn.Module):
             raise ValueError("the prompt has a media placeholder and no image or video was given for it.")
         allowed = self.config.vocab_size
         if any(not 0 <= i < allowed for i in ids if i != IMAGE_TOKEN_ID):
-            raise ValueError(f"a prompt id is outside the vocabulary: allowed are 0..{allowed - 1}, and {IMAGE_TOKEN_ID} once for the media.")
-        if isinstance(media, Media):
-            media = views(media, self.config)
+            raise ValueError(
+                f"a prompt id is outside the vocabulary: allowed are 0..{allowed - 1}, and {IMAGE_TOKEN_ID} once for the media."
+            )
         tensor = torch.tensor(ids, dtype=torch.long, device=self.device)
         text = self.embed_text(tensor.clamp(min=0)).to(self.dtype)
-        return _Job(text, tensor, index, media, self.config.num_compressed)
+        return _Job(text, tensor, index, media)
 
-    def _fuse_chunk(self, chunk: Sequence[_Frame]) -> None:
-        pixels = torch.stack([normalize(frame.pixels.to(self.device), self.dtype) for frame in chunk])
-        patches, compressed = self.encode(pixels)
-        rows = patches.shape[1] + compressed.shape[1]
-        state = self.prefusion_layers.new_state(len(chunk), rows, like=patches)
-        vision = self.prefusion_layers.image_part(patches, compressed, state)
+    def _chunks(self, jobs: Sequence[_Job]) -> Iterator[dict[bytes, _Frame]]:
+        """Frames of all jobs, in order, in groups of at most `cache.chunk` different ones."""
+        chunk: dict[bytes, _Frame] = {}
+        for job in jobs:
+            if job.media is None:
+                continue
+            frames = stream(job.media, self.config)
+            if isinstance(job.media, Media) and job.media.kind == "video":
+                frames = prefetch(frames, PREFETCH_FRAMES)
+            for pixels, digest in frames:
+                if digest not in chunk and len(chunk) == self.cache.chunk:
+                    yield chunk
+                    chunk = {}
+                chunk.setdefault(digest, _Frame(pixels)).uses.append((job, job.num_frames))
+                job.num_frames += 1
+        if chunk:
+            yield chunk
+
+    def _fuse_chunk(self, chunk: dict[bytes, _Frame]) -> None:
+        slots, filled = self.cache.place(list(chunk))
+        missing = [(slot, frame) for slot, ready, frame in zip(slots, filled, chunk.values()) if not ready]
+        if missing:
+            pixels = torch.stack([normalize(frame.pixels.to(self.device), self.dtype) for _, frame in missing])
+            patches, compressed = self.encode(pixels)
+            new = [slot for slot, _ in missing]
+            self.cache.vision[new] = self.prefusion_layers.image_part(patches, compressed, self.cache.state, new)
         segments: dict[tuple[int, int], _Segment] = {}
-        for slot, frame in enumerate(chunk):
+        for slot, vision, frame in zip(slots, self.cache.vision[slots], chunk.values()):
             for job, index in frame.uses:
-                job.vision[index] = vision[slot]
+                job.vision[index] = vision
                 segments.setdefault((slot, id(job)), _Segment(job, slot)).times += 1
-        self._text_part(list(segments.values()), state)
+        self._text_part(list(segments.values()))
+        self.cache.settle(list(chunk), slots)
 
-    def _text_part(self, segments: list[_Segment], state: Tensor) -> None:
+    def _text_part(self, segments: list[_Segment]) -> None:
         texts = [segment.job.text[segment.job.kept] for segment in segments]
-        packed = torch.cat(texts)
-        if not packed.shape[0]:
+        lengths = [len(text) for text in texts]
+        if not sum(lengths):
             return
-        fused = self.prefusion_layers.text_part(packed, [len(t) for t in texts], [s.slot for s in segments], state)
-        for segment, rows in zip(segments, fused.split([len(t) for t in texts])):
+        slots = [segment.slot for segment in segments]
+        fused = self.prefusion_layers.text_part(torch.cat(texts), lengths, slots, self.cache.state)
+        for segment, rows in zip(segments, fused.split(lengths)):
             add_frames(segment.job.total, rows.float() * segment.times, segment.job.kept)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,6 +243,15 @@ def canonical_name(name: str) -> str:
     return name
 
 
+def frames_that_fit(config: LlavaMiniConfig, itemsize: int) -> int:
+    """Frames whose activations fit `CHUNK_BYTES`: the widest moment of a pre-fusion layer (residual, normed, q, k, v; gate,
+    up and their product) over the frame's rows. At least 1, and at most `MAX_CHUNK_VIEWS` views."""
+    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    width = 3 * config.hidden_size + heads + 3 * config.intermediate_size
+    per_frame = (config.num_patch_rows + config.num_compressed) * width * itemsize
+    return max(1, min(CHUNK_BYTES // per_frame, MAX_CHUNK_VIEWS // config.views_per_frame))
+
+
 @dataclass(eq=False)
 class _Job:
     """One request on its way: its text, and what frames have added to it so far."""
@@ -195,21 +259,23 @@ class _Job:
     text: Tensor  # (L, H) plain embeddings
     ids: Tensor  # (L,)
     placeholder: int | None
-    views: Views | None
-    num_compressed: int
+    media: Media | Views | None
+    num_frames: int = 0  # seen so far
     vision: dict[int, Tensor] = field(default_factory=dict)  # frame -> (Q, H)
 
     def __post_init__(self):
         # ids <= 0 are masked out of pre-fusion as published: the placeholder, padding and an ordinary token of id 0
         self.kept = (self.ids > 0).nonzero().flatten()
-        self.total = torch.zeros(self.text.shape, dtype=torch.float32, device=self.text.device) if self.views else None
+        self.total = None
+        if self.media is not None:
+            self.total = torch.zeros(self.text.shape, dtype=torch.float32, device=self.text.device)
 
     def rows(self) -> Tensor:
-        if self.views is None:
+        if self.media is None:
             return self.text
         fused = self.text.clone()
-        fused[self.kept] = (self.total[self.kept] / self.views.num_frames).to(fused.dtype)
-        vision = torch.cat([self.vision[index] for index in range(self.views.num_frames)])
+        fused[self.kept] = (self.total[self.kept] / self.num_frames).to(fused.dtype)
+        vision = torch.cat([self.vision[index] for index in range(self.num_frames)])
         return splice(fused, vision, self.placeholder)
 
 

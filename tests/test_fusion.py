@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import llava_mini_fast as lmf
+from llava_mini_fast.image_cache import CacheSizes
 from llava_mini_fast.testing.numerics import law_bound
 
 TEXT = [5, 17, -200, 301, 44, 0, 9]
@@ -15,7 +16,10 @@ def frames(count, seed=0):
 
 @pytest.fixture
 def front(model):
-    return model("llama31").front
+    front = model("llama31").front
+    front.configure()
+    yield front
+    front.configure()
 
 
 def close(a, b):
@@ -30,12 +34,17 @@ def test_a_batch_gives_what_each_request_gives_alone(front):
         assert close(rows, front.fuse([request])[0])
 
 
-@pytest.mark.parametrize("views_per_chunk", [1, 3, 64])
-def test_chunks_of_frames(front, views_per_chunk, monkeypatch):
+OFF, TINY = CacheSizes(0, 0), CacheSizes(1_200_000, 0)  # a frame of this checkpoint takes 1.18 MB: TINY keeps one
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+@pytest.mark.parametrize("sizes", [OFF, TINY, CacheSizes()], ids=["off", "tiny", "default"])
+def test_neither_chunks_nor_the_cache_change_results(front, sizes, chunk):
     requests = [(TEXT, lmf.video(frames(5))), (TEXT[:4], lmf.image(frames(1, seed=3)[0]))]
     expected = front.fuse(requests)
-    monkeypatch.setattr(front, "views_per_chunk", views_per_chunk)
-    assert all(close(a, b) for a, b in zip(front.fuse(requests), expected))
+    front.configure(sizes, chunk)
+    for _ in range(2):  # cold, then warm
+        assert all(close(a, b) for a, b in zip(front.fuse(requests), expected))
 
 
 def count_views(front, monkeypatch):
@@ -57,6 +66,35 @@ def test_equal_frames_are_computed_once(front, monkeypatch):
     keep = [0, 1, 3, 4, 6]
     assert close(a[[0, 1, 5, 6, 8]], text[:, keep].mean(0))
     assert close(b, c[:4])
+
+
+def test_a_second_question_runs_neither_tower_nor_image_part(front, monkeypatch):
+    seen = count_views(front, monkeypatch)
+    clip, picture = lmf.video(frames(3)), lmf.image(frames(1, seed=9)[0])
+    front.fuse([(TEXT, clip), (TEXT, picture)])
+    assert sum(seen) == 4
+    front.fuse([([7, -200, 8], clip)])
+    front.fuse([([7, 8, 9, -200], picture), ([5, -200], clip)])
+    assert sum(seen) == 4
+    assert front.cache.stats.misses == 4 and front.cache.stats.hits == 7
+
+
+def test_new_weights_empty_the_cache(front, monkeypatch):
+    seen = count_views(front, monkeypatch)
+    picture = lmf.image(frames(1)[0])
+    front.fuse([(TEXT, picture)])
+    front.finish_loading()
+    front.fuse([(TEXT, picture)])
+    assert sum(seen) == 2
+
+
+def test_progress_counts_frames(front):
+    done = []
+    front.configure(OFF, frames_per_chunk=2)
+    front.fuse([(TEXT, lmf.video(frames(5)))], progress=done.append)
+    assert done == [2, 2, 1]
+    with pytest.raises(ValueError, match="frames_per_chunk must be at least 1"):
+        front.configure(frames_per_chunk=0)
 
 
 def test_rows_with_id_0_or_less_are_plain_embeddings_and_unseen(front):

@@ -5,7 +5,10 @@ leaves K and V (the image state) behind; the *text part* runs once a (frame, pro
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_mini_fast.config import LlavaMiniConfig
@@ -25,45 +28,46 @@ class PreFusionLayer(nn.Module):
             config.num_attention_heads, config.num_key_value_heads, d, config.rms_norm_eps,
         )  # fmt: skip
         self.input_layernorm = nn.Parameter(torch.empty(h))
-        self.qkv_proj = nn.Parameter(torch.empty((self.heads + 2 * self.kv_heads) * d, h))
-        self.o_proj = nn.Parameter(torch.empty(h, self.heads * d))
+        self.qkv_proj = nn.Linear(h, (self.heads + 2 * self.kv_heads) * d, bias=False)
+        self.o_proj = nn.Linear(self.heads * d, h, bias=False)
         self.post_attention_layernorm = nn.Parameter(torch.empty(h))
-        self.gate_up_proj = nn.Parameter(torch.empty(2 * i, h))
-        self.down_proj = nn.Parameter(torch.empty(h, i))
+        self.gate_up_proj = nn.Linear(h, 2 * i, bias=False)
+        self.down_proj = nn.Linear(i, h, bias=False)
 
     def published_slices(self) -> dict[str, Tensor]:
         """Published weight name -> the slice of a packed parameter that it fills."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        query, key, value = self.qkv_proj.data.split([q, kv, kv])
-        gate, up = self.gate_up_proj.data.chunk(2)
+        query, key, value = self.qkv_proj.weight.data.split([q, kv, kv])
+        gate, up = self.gate_up_proj.weight.data.chunk(2)
         return {
             "input_layernorm.weight": self.input_layernorm.data,
             "self_attn.q_proj.weight": query,
             "self_attn.k_proj.weight": key,
             "self_attn.v_proj.weight": value,
-            "self_attn.o_proj.weight": self.o_proj.data,
+            "self_attn.o_proj.weight": self.o_proj.weight.data,
             "post_attention_layernorm.weight": self.post_attention_layernorm.data,
             "mlp.gate_proj.weight": gate,
             "mlp.up_proj.weight": up,
-            "mlp.down_proj.weight": self.down_proj.data,
+            "mlp.down_proj.weight": self.down_proj.weight.data,
         }
 
     def qkv(self, x: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (R, H) -> q (R, heads, d) and k (R, kv_heads, d) rotated, v (R, kv_heads, d)."""
-        packed = rms_norm(x, self.input_layernorm, self.eps) @ self.qkv_proj.T
+        packed = self.qkv_proj(rms_norm(x, self.input_layernorm, self.eps))
         return rope(packed, positions, table, self.heads, self.kv_heads)
 
     def key_value(self, x: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """K and V alone: what a row owes when nobody reads its output (patch rows in the last layer)."""
-        weight = self.qkv_proj[self.heads * self.head_dim :]
-        packed = rms_norm(x, self.input_layernorm, self.eps) @ weight.T
+        weight = self.qkv_proj.weight[self.heads * self.head_dim :]
+        packed = F.linear(rms_norm(x, self.input_layernorm, self.eps), weight)
         _, k, v = rope(packed, positions, table, 0, self.kv_heads)
         return k, v
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Residual, output projection and MLP: x (R, H), attended (R, heads, d) -> (R, H)."""
-        normed, x = rms_norm(attended.flatten(1) @ self.o_proj.T, self.post_attention_layernorm, self.eps, residual=x)
-        return x + swiglu(normed @ self.gate_up_proj.T) @ self.down_proj.T
+        projected = self.o_proj(attended.flatten(1))
+        normed, x = rms_norm(projected, self.post_attention_layernorm, self.eps, residual=x)
+        return x + self.down_proj(swiglu(self.gate_up_proj(normed)))
 
 
 class PreFusion(nn.ModuleList):
@@ -80,34 +84,34 @@ class PreFusion(nn.ModuleList):
             self._table = rotary_table(self.config.llama_config(), max(rows, 4096), device)
         return self._table
 
-    def new_state(self, frames: int, rows: int, like: Tensor) -> Tensor:
-        """Uninitialised image state (frames, layers, 2, rows, kv_heads, d): K and V of `frames` frames."""
+    def slot_shape(self) -> tuple[int, ...]:
+        """K and V of one frame in the image state: (layers, 2, patch rows + Q, kv_heads, d)."""
         c = self.config
-        return like.new_empty(frames, len(self), 2, rows, c.num_key_value_heads, c.head_dim)
+        return len(self), 2, c.num_patch_rows + c.num_compressed, c.num_key_value_heads, c.head_dim
 
-    def image_part(self, patches: Tensor, compressed: Tensor, state: Tensor) -> Tensor:
-        """Run patch rows (F, P, H) and compressed rows (F, Q, H); fill `state` (F, layers, 2, P + Q, kv_heads, d).
+    def image_part(self, patches: Tensor, compressed: Tensor, state: Tensor, slots: Sequence[int]) -> Tensor:
+        """Run patch rows (F, P, H) and compressed rows (F, Q, H) of F frames.
 
-        Returns the compressed rows' outputs (F, Q, H). In the last layer patch rows make K and V only.
+        K and V go to `state` (S, layers, 2, P + Q, kv_heads, d), frame f's to slot `slots[f]`. Returns the compressed
+        rows' outputs (F, Q, H). In the last layer patch rows make K and V only.
         """
         frames, num_patches, hidden = patches.shape
         num_compressed = compressed.shape[1]
         rows = num_patches + num_compressed
         table = self.table(rows, patches.device)
         positions = torch.arange(rows, device=patches.device)
+        slots = torch.tensor(slots, device=state.device)
         x = torch.cat([patches, compressed], dim=1).flatten(0, 1)
-        everywhere = positions.repeat(frames)
         for index, layer in enumerate(self):
-            last = index == len(self) - 1
-            if last:
-                k, v = layer.key_value(x, everywhere, table)
+            if index < len(self) - 1:
+                q, k, v = layer.qkv(x, positions.repeat(frames), table)
+            else:
+                k, v = layer.key_value(x, positions.repeat(frames), table)
                 x = x.view(frames, rows, hidden)[:, num_patches:].flatten(0, 1)
                 q, _, _ = layer.qkv(x, positions[num_patches:].repeat(frames), table)
-            else:
-                q, k, v = layer.qkv(x, everywhere, table)
-            state[:, index, 0] = k.unflatten(0, (frames, rows))
-            state[:, index, 1] = v.unflatten(0, (frames, rows))
-            attended = causal_attention(q.unflatten(0, (frames, -1)), state[:, index, 0], state[:, index, 1])
+            k, v = k.unflatten(0, (frames, rows)), v.unflatten(0, (frames, rows))
+            state[slots, index, 0], state[slots, index, 1] = k, v
+            attended = causal_attention(q.unflatten(0, (frames, -1)), k, v)
             x = layer.finish(x, attended.flatten(0, 1))
         return x.view(frames, num_compressed, hidden)
 
@@ -117,8 +121,8 @@ class PreFusion(nn.ModuleList):
         Args:
             text: (R, H), the segments' rows one after another; masked rows (id <= 0) already left out.
             lengths: rows of each segment (they sum to R; 0 is allowed).
-            frames: per segment, the index into `state`.
-            state: (F, layers, 2, P, kv_heads, d) as filled by `image_part`.
+            frames: per segment, its frame's slot in `state`.
+            state: (S, layers, 2, P + Q, kv_heads, d) as filled by `image_part`.
 
         Returns: (R, H).
         """

@@ -8,13 +8,12 @@ class VisionTower(nn.Module):
     """transformers' CLIP vision model without the layers that nobody reads.
 
     `mm_vision_select_layer` -2 is the output of the last layer but one, so the last layer and the final norm are never
-    built. Parameters are left uninitialised: they are always loaded (or filled by vLLM's dummy loader).
+    built.
     """
 
     def __init__(self, clip_config, select_layer: int):
         super().__init__()
         from transformers import CLIPVisionConfig, CLIPVisionModel
-        from transformers.initialization import no_init_weights
 
         layers = clip_config.num_hidden_layers
         used = select_layer if select_layer >= 0 else layers + 1 + select_layer
@@ -22,8 +21,7 @@ class VisionTower(nn.Module):
             raise ValueError(f"mm_vision_select_layer {select_layer} is outside the vision tower's {layers} layers.")
         kept = CLIPVisionConfig(**clip_config.to_dict() | {"num_hidden_layers": used})
         kept._attn_implementation = "sdpa"
-        with no_init_weights():
-            self.clip = CLIPVisionModel(kept)
+        self.clip = CLIPVisionModel(kept)
         self.clip.post_layernorm = nn.Identity()  # feeds only the pooled output, which is not used
         self.width = kept.hidden_size
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -50,14 +50,30 @@ def views(media: Media, config: LlavaMiniConfig, limits: Limits | None = None) -
         MediaError: the media can't be used; the message says why.
     """
     limits = Limits.from_env() if limits is None else limits
-    source = media.source
-    if getattr(source, "ndim", 0) >= 4 and not _is_uint8(source):
-        pixels = _floats(source, media.kind, config, limits)
-    elif media.kind == "image":
-        pixels = image_views(load_rgb(source, media.as_published, limits), config)[None]
-    else:
-        pixels = _stack(frame_views(frame, config) for frame in frames(source, limits, media.as_published))
+    floats = _floats(media, config, limits)
+    pixels = _stack(_crops(media, config, limits)) if floats is None else floats
     return Views(media.kind, pixels, tuple(map(_digest, pixels)))
+
+
+def stream(
+    media: Media | Views, config: LlavaMiniConfig, limits: Limits | None = None
+) -> Iterator[tuple[torch.Tensor, bytes]]:
+    """What `views` gives, frame by frame as it is decoded: (pixels (V, 3, 336, 336), digest). Errors as in `views`."""
+    if isinstance(media, Views):
+        yield from zip(media.pixels, media.digests)
+        return
+    limits = Limits.from_env() if limits is None else limits
+    floats = _floats(media, config, limits)
+    for crops in _crops(media, config, limits) if floats is None else floats:
+        yield crops, _digest(crops)
+
+
+def _crops(media: Media, config: LlavaMiniConfig, limits: Limits) -> Iterator[torch.Tensor]:
+    if media.kind == "image":
+        yield image_views(load_rgb(media.source, media.as_published, limits), config)
+    else:
+        for frame in frames(media.source, limits, media.as_published):
+            yield frame_views(frame, config)
 
 
 def normalize(pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -78,7 +94,11 @@ def normalize(pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch
     return scaled.sub_(constant(CLIP_MEAN)).div_(constant(CLIP_STD)).to(dtype)
 
 
-def _floats(source: Any, kind: str, config: LlavaMiniConfig, limits: Limits) -> torch.Tensor:
+def _floats(media: Media, config: LlavaMiniConfig, limits: Limits) -> torch.Tensor | None:
+    """The caller's own floats (T, V, 3, 336, 336), or None where there is something to load."""
+    source, kind = media.source, media.kind
+    if getattr(source, "ndim", 0) < 4 or _is_uint8(source):
+        return None
     pixels = torch.from_numpy(source) if isinstance(source, np.ndarray) else source
     pixels = pixels.detach().to("cpu", torch.float32)
     pixels = pixels[None] if kind == "image" else pixels

@@ -65,11 +65,12 @@ def test_text_part_equals_the_published_prefusion_row_by_row(model, weights):
     layers = [spec.part(weights, f"model.prefusion_layers.{i}.") for i in range(config.prefusion_layer_num)]
     vision, fused = spec.prefusion(patches, compressed, text, ids, layers, config)
 
-    state = front.prefusion_layers.new_state(1, 54, like=patches).fill_(float("nan"))
-    ours = front.prefusion_layers.image_part(patches[None], compressed[None], state)[0]
+    layers, two, _, *heads = front.prefusion_layers.slot_shape()
+    state = torch.full((3, layers, two, 54, *heads), float("nan"))
+    ours = front.prefusion_layers.image_part(patches[None], compressed[None], state, [2])[0]
     kept = text[ids > 0]
     assert (ours - vision).abs().max() < 1e-4
-    assert (front.prefusion_layers.text_part(kept, [len(kept)], [0], state) - fused[ids > 0]).abs().max() < 1e-4
+    assert (front.prefusion_layers.text_part(kept, [len(kept)], [2], state) - fused[ids > 0]).abs().max() < 1e-4
 
 
 def test_splice():
