@@ -6,7 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -99,9 +99,11 @@ def ask(
         if stream and engine == "vllm":
             _say("--stream: vLLM's offline engine gives the whole answer at once, when it is done.")
         answer = loaded.ask(medium, question, max_tokens, stream, temperature=temperature, top_p=top_p, style=style)
-        for piece in answer if stream else [answer]:
-            sys.stdout.write(terminal.printable(piece))
-            sys.stdout.flush()
+        # closed on Ctrl-C too, so that nothing goes on computing behind an answer that nobody reads
+        with closing(answer if stream else (text for text in (answer,))) as pieces:
+            for piece in pieces:
+                sys.stdout.write(terminal.printable(piece))
+                sys.stdout.flush()
         typer.echo()
 
 

@@ -92,7 +92,7 @@ class OfflineEngine:
         """As the standalone engine's; with `stream`, the iterator gives the whole answer at once."""
         request = self._question(media, question, history, style)
         (answer,) = self._generate([request], max_new_tokens, temperature=temperature, top_p=top_p)
-        return iter([answer.text]) if stream else answer.text
+        return (text for text in (answer.text,)) if stream else answer.text
 
     def ask_batch(self, questions: Sequence[tuple[Media | None, str]], max_new_tokens: int = 512) -> list[str]:
         """The greedy answers to (media, question) pairs, which vLLM works on together. Errors as in `ask`."""

@@ -16,7 +16,7 @@ class Worker:
 
     def __init__(self):
         self.llm = None
-        self.calls: dict[str, list[int]] = {}
+        self.calls: dict[str, list[Any]] = {}
 
     def start(self, checkpoint: str, options: dict[str, Any], hash_without_ids: bool, count: bool) -> None:
         """An engine; the one before it is closed. `count`: keep book of the front end's work, for `counted`."""
@@ -42,6 +42,7 @@ class Worker:
         assert self.llm.reset_prefix_cache()
         self.llm.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
+        self.llm.apply_model(_clear_image_cache)
 
     def generate(self, prompts: list[Any], sampling: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return self._answers(self.llm.generate(prompts, _params(sampling), use_tqdm=False))
@@ -56,22 +57,25 @@ class Worker:
     def metric(self, name: str) -> int:
         return sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)
 
-    def counted(self) -> dict[str, list[int]]:
-        """Since the last call: "tower" has the views of each run of the vision tower, "embed" the items of each call."""
+    def counted(self) -> dict[str, list[Any]]:
+        """Since the last time: the views of each run of the vision tower ("tower"), the items of each call of the front
+        end ("embed"), and whether all of its rows were finite ("finite")."""
         counted = {name: list(found) for name, found in self.calls.items()}
         for found in self.calls.values():
             found.clear()
         return counted
 
     def _count(self, model: Any) -> None:
-        tower, embeds = [], []
-        self.calls = {"tower": tower, "embed": embeds}
+        tower, embeds, finite = [], [], []
+        self.calls = {"tower": tower, "embed": embeds, "finite": finite}
         model.front.vision_tower.register_forward_pre_hook(lambda _, args: tower.append(len(args[0])))
         embed = model.embed_multimodal
 
         def embed_multimodal(**items: Any) -> Any:
-            embeds.append(len(items["pixels"]))
-            return embed(**items)
+            rows = embed(**items)
+            embeds.append(len(rows))
+            finite.append(all(bool(part.isfinite().all()) for part in rows))
+            return rows
 
         model.embed_multimodal = embed_multimodal
 
@@ -85,6 +89,10 @@ class Worker:
             }
             for output in outputs
         ]
+
+
+def _clear_image_cache(model: Any) -> None:
+    model.front.cache.clear()
 
 
 def _params(sampling: list[dict[str, Any]]) -> list[Any]:

