@@ -56,11 +56,15 @@ def build(dtype: torch.dtype, hd: bool, small: bool) -> FusionFrontEnd:
         front = FusionFrontEnd(config, lambda ids: table[ids]).requires_grad_(False).eval()
     finally:
         torch.set_default_dtype(before)
+    block = torch.randn(1_000_003, generator=generator)  # repeated: drawing 1.2 B numbers would take minutes
     for name, parameter in front.named_parameters():
         if parameter.dim() == 1:  # norms and biases
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        else:
-            parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
+            continue
+        scaled, flat = (block * parameter[0].numel() ** -0.5).to(dtype), parameter.data.view(-1)
+        for start in range(0, flat.numel(), block.numel()):
+            piece = flat[start : start + block.numel()]
+            piece.copy_(scaled[: piece.numel()])
     return front
 
 
@@ -187,7 +191,8 @@ class GemmCeiling:
         self.products: list[tuple[Tensor, Tensor]] = []
         for gemm in gemms:
             x = torch.randn(gemm.m, gemm.k).to(dtype)
-            self.products += [(x, torch.randn(gemm.n, gemm.k).to(dtype).T) for _ in range(gemm.count)]
+            weight = torch.randn(gemm.n, gemm.k).to(dtype)
+            self.products += [(x, weight.clone().T) for _ in range(gemm.count)]
 
     def run(self) -> None:
         for x, weight in self.products:

@@ -11,39 +11,49 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from llava_mini_fast import checkpoint
 from llava_mini_fast.config import LlavaMiniConfig
 from llava_mini_fast.fusion import FusionFrontEnd
 from llava_mini_fast.media import Media
+from llava_mini_fast.precision import choose_dtype, quantize
 from llava_mini_fast.preprocess import prompt as prompts
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BACKENDS = ("auto", "torch")
 
 
 def load(
-    path: str | os.PathLike[str], device: str = "cpu", dtype: str = "float32", backend: str = "auto"
+    path: str | os.PathLike[str],
+    device: str = "cpu",
+    dtype: str = "float32",
+    backend: str = "auto",
+    *,
+    quantization: str | None = None,
 ) -> LlavaMini:
     """Load a published LLaVA-Mini checkpoint.
 
     Args:
         path: a checkpoint directory or a hub name.
         device: a torch device, such as "cpu" or "cuda".
-        dtype: "float32", "float16" or "bfloat16" (a torch.dtype is taken too).
+        dtype: "float32", "float16", "bfloat16" (a torch.dtype is taken too), or "auto" for what the device does fast.
         backend: which kernels run the front end's ops: "auto" or "torch".
+        quantization: "int8" for int8 weights in every linear layer but the last (torchao), or None.
 
     Raises:
         FileNotFoundError: no such checkpoint, or no weights in it.
-        ValueError: another model's config, missing, misshapen or truncated weights, an unknown dtype or backend.
+        ValueError: another model's config; missing, misshapen or truncated weights; an unknown dtype, backend or quantization.
     """
-    dtype = str(dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    torch_device = torch.device(device)
+    chosen, _ = choose_dtype(dtype, torch_device)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
     directory = checkpoint.resolve(path)
-    return LlavaMini(directory, checkpoint.read_config(directory), torch.device(device), DTYPES[dtype])
+    model = LlavaMini(directory, checkpoint.read_config(directory), torch_device, chosen)
+    if quantization is not None:
+        front = model.front
+        quantize([front.vision_tower, front.mm_projector, front.prefusion_layers, model.llm.model.layers], quantization)
+    return model
 
 
 class LlavaMini:
@@ -99,17 +109,18 @@ class LlavaMini:
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.directory} has no usable tokenizer, which questions in words need: {error}") from None
 
-    def embed(self, prompt_ids: Sequence[int], media: Media | None = None) -> Tensor:
+    def embed(self, prompt_ids: Sequence[int], media: Media | None = None, *, progress: bool = False) -> Tensor:
         """Fused rows after the splice, as published: (rows, H), cut (with a warning) at `tokenizer_model_max_length`.
 
         Args:
             prompt_ids: ids with -200 where the media goes; taken as they are.
             media: `image(...)`, `video(...)` or None. Media without placeholder gives the fused text alone.
+            progress: show a bar of the frames done on stderr.
 
         Raises:
             ValueError: two placeholders, a placeholder without media, ids outside the vocabulary, unusable media.
         """
-        (rows,) = self.front.fuse([(prompt_ids, media)])
+        rows = self._fuse(prompt_ids, media, progress)
         limit = self.config.max_rows
         if media is not None and limit is not None and rows.shape[0] > limit:
             warnings.warn(
@@ -139,6 +150,7 @@ class LlavaMini:
         temperature: float = 0.0,
         top_p: float = 1.0,
         style: prompts.Style = "chat",
+        progress: bool = False,
     ) -> str | Iterator[str]:
         """Ask in words; template, tokenizer and stop ids included.
 
@@ -149,7 +161,8 @@ class LlavaMini:
             stream: return an iterator of pieces of the answer instead of the whole.
             history: earlier (question, answer) pairs about the same media, oldest first.
             temperature: 0 is greedy; above 0 samples, from the smallest set of tokens whose probability reaches `top_p`.
-            style: "chat" (one BOS, with the answer's header) or "published" (REFERENCE: what the published scripts send).
+            style: "chat" (one BOS, with the answer's header) or "published" (what the published scripts send).
+            progress: show a bar of the frames done on stderr.
 
         Raises:
             ValueError: unusable media, a placeholder in the text, a bad parameter, or more rows than the context holds.
@@ -157,7 +170,7 @@ class LlavaMini:
         if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
             raise ValueError("max_new_tokens must be at least 1, temperature at least 0, and top_p above 0 and at most 1.")
         ids = self.prompt_ids(prompts.conversation(question, history, media is not None), style)
-        (rows,) = self.front.fuse([(ids, media)])
+        rows = self._fuse(ids, media, progress)
         limit = min(self.config.max_rows or self.config.max_position_embeddings, self.config.max_position_embeddings)
         if rows.shape[0] > limit:
             raise ValueError(
@@ -167,6 +180,11 @@ class LlavaMini:
         if stream:
             return self._stream(rows, max_new_tokens, sampling)
         return self.tokenizer.decode(self._generate(rows, max_new_tokens, **sampling), skip_special_tokens=True)
+
+    def _fuse(self, prompt_ids: Sequence[int], media: Media | None, progress: bool) -> Tensor:
+        with tqdm(desc="frames", unit="", leave=False, disable=not progress or media is None) as bar:
+            (rows,) = self.front.fuse([(prompt_ids, media)], progress=bar.update)
+        return rows
 
     @torch.inference_mode()
     def _generate(self, rows: Tensor, max_new_tokens: int, **options: Any) -> list[int]:

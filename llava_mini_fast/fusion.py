@@ -135,7 +135,7 @@ class FusionFrontEnd(nn.Module):
     def device(self) -> torch.device:
         return self.compressor.query.device
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: torchao's int8 weights can't be sliced in it
     def fuse(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Tensor]:
         """Fused rows of every request: what the language model receives in place of token embeddings.
 
