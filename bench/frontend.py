@@ -20,6 +20,7 @@ from llava_mini_fast.bench.timing import Timing, interleave, machine, peak_memor
 from llava_mini_fast.config import CLIP_L_336, MODEL_TYPE, LlavaMiniConfig
 from llava_mini_fast.fusion import FusionFrontEnd
 from llava_mini_fast.image_cache import CacheSizes
+from llava_mini_fast.precision import quantize
 from llava_mini_fast.preprocess.views import Views
 
 TEXT_ROWS = 60
@@ -126,6 +127,8 @@ class Bench:
         few = Views("video", clip.pixels[:BASELINE_FRAMES], clip.digests[:BASELINE_FRAMES])
         self.cold(f"{FRAMES}-frame video", front, clip, few, rounds=1)
         self.ratios["video32"] = self.rows[-1]["ratio"]
+        if self.dtype == torch.bfloat16:
+            self.int8(front, image, baseline)
 
     def warm(self, front: FusionFrontEnd, image: Views, baseline: Timing) -> None:
         """Questions about a cached image; the baseline knows no cache and starts over."""
@@ -177,6 +180,17 @@ class Bench:
             for ceiling, tower, part in zip(*(times[n].seconds for n in ("gemm ceiling", "vision tower", "image part")))
         ]
         self.ratios["gemm_share"] = statistics.median(shares)
+
+    def int8(self, front: FusionFrontEnd, image: Views, baseline: Timing) -> None:
+        """int8 weights through torchao, in place: speed beside the published structure, error beside this dtype."""
+        (exact,) = front.fuse([(self.ids, image)])
+        quantize([front.vision_tower, front.mm_projector, front.prefusion_layers], "int8")
+        front.configure(CacheSizes(0, 0))
+        (rows,) = front.fuse([(self.ids, image)])
+        times = self.timed({"int8": lambda: front.fuse([(self.ids, image)])})
+        ours, full = (front_total(front.config, 1, p) for p in (False, True))
+        self.row("cold image, int8 (torchao, eager)", times["int8"], baseline, ours, full / ours)
+        self.rows[-1]["relative_error"] = ((rows.float() - exact.float()).norm() / exact.float().norm()).item()
 
     def hd(self) -> None:
         front = build(self.dtype, hd=True, small=self.small)
@@ -233,6 +247,7 @@ def render(result: dict[str, Any]) -> str:
         for row in result[key]:
             ratio = f"{row['ratio']:12.2f}" if "ratio" in row else f"{'':12s}"
             bound = f"{row['flop_bound']:11.2f}" if row.get("flop_bound") else ""
+            bound += f"  relative error {row['relative_error']:.1e}" if "relative_error" in row else ""
             lines.append(f"{row['name']:40s} {row['gflops_per_s']:8.0f} {row['ours']['spread']:7.0%} {ratio} {bound}")
     for key in (k for k in result if k.startswith("ratios")):
         lines.append(f"{key}: " + ", ".join(f"{name} {value:.2f}" for name, value in result[key].items()))

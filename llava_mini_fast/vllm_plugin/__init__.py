@@ -7,12 +7,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_mini_fast.config import ARCHITECTURE, IMAGE_TOKEN_ID
 from llava_mini_fast.media import Media
 from llava_mini_fast.model.splice import placeholder_index
 from llava_mini_fast.vllm_plugin.segments import PromptMedia, check_placeholder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUPPORTED_VLLM = ("0.32", "0.33")
 TESTED_VLLM = ("0.32",)
@@ -37,6 +40,19 @@ def prompt(prompt_ids: Sequence[int], media: Media | None = None) -> dict[str, A
         "prompt_token_ids": [_STAND_IN if i == IMAGE_TOKEN_ID else i for i in ids],
         "multi_modal_data": {media.kind: PromptMedia(media, tuple(ids))},
     }
+
+
+def embeds_prompt(rows: Tensor) -> dict[str, Any]:
+    """A prompt for vLLM's `LLM.generate` from rows fused elsewhere: for clips longer than the server's limits allow.
+
+    The engine must be started with `enable_prompt_embeds=True`; it runs no front end for such a prompt.
+
+    Args:
+        rows: (rows, H), from `model.embed` or `model.front.fuse` of the same checkpoint.
+    """
+    if rows.dim() != 2:
+        raise ValueError(f"rows must be (rows, H); got {tuple(rows.shape)}.")
+    return {"prompt_embeds": rows.detach().cpu()}
 
 
 def register() -> None:

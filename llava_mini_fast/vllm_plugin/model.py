@@ -15,6 +15,7 @@ from llava_mini_fast import checkpoint
 from llava_mini_fast.fusion import FusionFrontEnd
 from llava_mini_fast.preprocess.prompt import PLACEHOLDER
 from llava_mini_fast.preprocess.views import Views
+from llava_mini_fast.vllm_plugin import metrics
 from llava_mini_fast.vllm_plugin.processor import DummyInputs, Info, Processor, read_config
 
 
@@ -40,6 +41,8 @@ class LlavaMiniForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsP
             )
         with self._mark_tower_model(vllm_config, {"image", "video"}):
             self.front = FusionFrontEnd(config, self.language_model.embed_input_ids)
+        if isinstance(self.front, FusionFrontEnd):  # vLLM leaves it out when every media limit is 0
+            metrics.export(self.front)
         self._tower = checkpoint.VisionTowerSource(checkpoint.resolve(model_config.model), config)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
@@ -78,7 +81,7 @@ class LlavaMiniForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsP
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Published names in; the winning vision tower is read by the published rule (`checkpoint.VisionTowerSource`)."""
         loaded = {f"language_model.{name}" for name in self.language_model.load_weights(self._front_first(weights))}
-        if isinstance(self.front, FusionFrontEnd):  # vLLM leaves it out when every media limit is 0
+        if isinstance(self.front, FusionFrontEnd):
             self.front.finish_loading()
             loaded |= {f"front.{name}" for name, _ in self.front.named_parameters()}
         return loaded

@@ -129,6 +129,10 @@ def _environment(more: dict[str, str]) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
+        # threads bound to cores, spinning, take ten times as long where something else runs on the machine
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(min(2, len(os.sched_getaffinity(0)))),
+        "OMP_WAIT_POLICY": "passive",
     }
     return inherited | fixed | more
 
