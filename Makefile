@@ -110,7 +110,8 @@ check: $(STAMP)
 		done
 	done
 	if (( $${#bad[@]} )); then
-		echo "make check: failed after $$SECONDS s: $${bad[*]}"; exit 1
+		printf -v list '; %s' "$${bad[@]}"
+		echo "make check: failed after $$SECONDS s: $${list:2}"; exit 1
 	fi
 	echo "make check: all passed in $$SECONDS s"
 

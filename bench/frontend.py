@@ -84,34 +84,35 @@ class Bench:
         self.ratios: dict[str, float] = {}
         self.ids = [1, -200, *range(2, TEXT_ROWS + 1)]
 
-    def timed(self, candidates: dict[str, Callable[[], Any]], rounds: int | None = None) -> dict[str, Timing]:
-        return interleave(candidates, rounds or self.rounds, warmup=1, tick=self.bar.update)
+    def timed(self, candidates: dict[str, Callable[[], Any]], rounds: int | None = None, warmup: int = 1) -> dict[str, Timing]:
+        return interleave(candidates, rounds or self.rounds, warmup, tick=self.bar.update)
 
     def row(self, name: str, ours: Timing, theirs: Timing | None, operations: int, bound: float | None = None) -> None:
         entry: dict[str, Any] = {"name": name, "ours": ours.as_json(), "gflops_per_s": operations / ours.median / 1e9}
         if theirs is not None:
             entry |= {"published": theirs.as_json(), "ratio": theirs.median / ours.median, "flop_bound": bound}
         self.rows.append(entry)
+        self.bar.write(render_row(entry))
 
-    def check(self, front: FusionFrontEnd, published: PublishedFrontEnd, media: Views) -> None:
+    def check(self, front: FusionFrontEnd, media: Views) -> None:
         """No number is reported where the two don't agree."""
         (ours,) = front.fuse([(self.ids, media)])
-        theirs = published.embed(self.ids, media.pixels.to(self.dtype))
+        theirs = self.published.embed(self.ids, media.pixels.to(self.dtype))
         error = ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
         if not error < CHECK_TOLERANCE[self.dtype]:
             raise SystemExit(f"red: fused rows differ from the published structure's by {error:.1e} (relative); no number is reported.")
 
-    def cold(self, name: str, front: FusionFrontEnd, media: Views, theirs: Views | None = None, rounds: int | None = None) -> Timing:
-        """One prompt about media that no cache holds. `theirs`: fewer frames for the baseline, scaled up."""
-        published, scale = PublishedFrontEnd(front), 1.0
-        theirs = theirs or media
-        scale = media.num_frames / theirs.num_frames
+    def cold(self, name: str, front: FusionFrontEnd, media: Views, *, rounds: int, warmup: int, fewer: int = 0) -> Timing:
+        """One prompt about media that no cache holds. `fewer`: frames that the baseline is timed on, scaled up."""
+        published, count = self.published, fewer or media.num_frames
         front.configure(CacheSizes(0, 0))
-        pixels = theirs.pixels.to(self.dtype)
+        pixels = media.pixels[:count].to(self.dtype)
         times = self.timed(
-            {"ours": lambda: front.fuse([(self.ids, media)]), "published": lambda: published.embed(self.ids, pixels)}, rounds
+            {"ours": lambda: front.fuse([(self.ids, media)]), "published": lambda: published.embed(self.ids, pixels)},
+            rounds,
+            warmup,
         )
-        baseline = Timing(tuple(s * scale for s in times["published"].seconds))
+        baseline = Timing(tuple(s * media.num_frames / count for s in times["published"].seconds))
         ours, full = (front_total(front.config, media.num_frames, p) for p in (False, True))
         self.row(name, times["ours"], baseline, ours, full / ours)
         return baseline
@@ -119,16 +120,17 @@ class Bench:
     def standard(self) -> None:
         front = build(self.dtype, hd=False, small=self.small)
         image, clip = make_views(1, 1, seed=1), make_views(FRAMES, 1, seed=2)
-        self.check(front, PublishedFrontEnd(front), make_views(2, 1, seed=3))
+        self.published = PublishedFrontEnd(front)  # before packing, which gives the plain weights up
+        front.pack()
+        self.check(front, make_views(2, 1, seed=3))
         self.stages(front, image)
-        baseline = self.cold("cold image", front, image)
+        baseline = self.cold("cold image", front, image, rounds=self.rounds, warmup=1)
         self.ratios["cold_image"] = self.rows[-1]["ratio"]
         self.warm(front, image, baseline)
-        few = Views("video", clip.pixels[:BASELINE_FRAMES], clip.digests[:BASELINE_FRAMES])
-        self.cold(f"{FRAMES}-frame video", front, clip, few, rounds=1)
+        self.cold(f"{FRAMES}-frame video", front, clip, rounds=1, warmup=0, fewer=BASELINE_FRAMES)
         self.ratios["video32"] = self.rows[-1]["ratio"]
         if self.dtype == torch.bfloat16:
-            self.int8(front, image, baseline)
+            self.int8(image, baseline)
 
     def warm(self, front: FusionFrontEnd, image: Views, baseline: Timing) -> None:
         """Questions about a cached image; the baseline knows no cache and starts over."""
@@ -181,8 +183,9 @@ class Bench:
         ]
         self.ratios["gemm_share"] = statistics.median(shares)
 
-    def int8(self, front: FusionFrontEnd, image: Views, baseline: Timing) -> None:
-        """int8 weights through torchao, in place: speed beside the published structure, error beside this dtype."""
+    def int8(self, image: Views, baseline: Timing) -> None:
+        """int8 weights through torchao: speed beside the published structure, error beside this dtype."""
+        front = build(self.dtype, hd=False, small=self.small)
         (exact,) = front.fuse([(self.ids, image)])
         quantize([front.vision_tower, front.mm_projector, front.prefusion_layers], "int8")
         front.configure(CacheSizes(0, 0))
@@ -194,7 +197,9 @@ class Bench:
 
     def hd(self) -> None:
         front = build(self.dtype, hd=True, small=self.small)
-        self.cold("HD image", front, make_views(1, 5, seed=4), rounds=max(1, self.rounds - 1))
+        self.published = PublishedFrontEnd(front)
+        front.pack()
+        self.cold("HD image", front, make_views(1, 5, seed=4), rounds=max(1, self.rounds - 1), warmup=0)
         self.ratios["hd"] = self.rows[-1]["ratio"]
 
 
@@ -239,16 +244,22 @@ def run(dtypes: list[str], rounds: int, small: bool) -> dict[str, Any]:
     return result
 
 
+def render_row(row: dict[str, Any]) -> str:
+    line = f"{row['name']:38s} {row['gflops_per_s']:6.0f} GFLOP/s, spread {row['ours']['spread']:4.0%}"
+    if "ratio" in row:
+        line += f", {row['ratio']:6.2f} x published"
+    if row.get("flop_bound"):
+        line += f" (FLOP bound {row['flop_bound']:.2f})"
+    if "relative_error" in row:
+        line += f", relative error {row['relative_error']:.1e}"
+    return line
+
+
 def render(result: dict[str, Any]) -> str:
     """The result as a table for people."""
     lines = [f"{result['machine']['cpu']}, {result['machine']['threads']} threads, torch {result['machine']['torch']}"]
     for key in (k for k in result if k.startswith("rows_")):
-        lines += ["", f"{key.removeprefix('rows_'):40s} {'GFLOP/s':>8s} {'spread':>7s} {'x published':>12s} {'FLOP bound':>11s}"]
-        for row in result[key]:
-            ratio = f"{row['ratio']:12.2f}" if "ratio" in row else f"{'':12s}"
-            bound = f"{row['flop_bound']:11.2f}" if row.get("flop_bound") else ""
-            bound += f"  relative error {row['relative_error']:.1e}" if "relative_error" in row else ""
-            lines.append(f"{row['name']:40s} {row['gflops_per_s']:8.0f} {row['ours']['spread']:7.0%} {ratio} {bound}")
+        lines += ["", key.removeprefix("rows_"), *map(render_row, result[key])]
     for key in (k for k in result if k.startswith("ratios")):
         lines.append(f"{key}: " + ", ".join(f"{name} {value:.2f}" for name, value in result[key].items()))
     if "bf16_over_published_float32" in result:

@@ -29,6 +29,7 @@ app = typer.Typer(
 
 Engine = Literal["torch", "vllm"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+AnyDtype = Literal["float32", "bfloat16", "float16", "auto"]
 Style = Literal["chat", "published"]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -47,7 +48,8 @@ def _examples(*lines: str) -> str:
 )
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=lambda on: _version(on), help="Show the version and exit.")
+        bool,
+        typer.Option("--version", is_eager=True, callback=lambda on: _version(on), help="Show the version and exit."),
     ] = False,
 ) -> None:
     pass
@@ -84,7 +86,9 @@ def ask(
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that reach this probability.")
     ] = 1.0,
-    dtype: Annotated[Dtype, typer.Option(help="What the model computes in.")] = "float32",
+    dtype: Annotated[
+        AnyDtype, typer.Option(help="What the model computes in; auto takes what the device does fast.")
+    ] = "float32",
     style: Annotated[
         Style, typer.Option(help="The prompt as in training (chat) or as the published scripts send it.")
     ] = "chat",
@@ -98,7 +102,16 @@ def ask(
         loaded = _load(engine, model, dtype, max_tokens)
         if stream and engine == "vllm":
             _say("--stream: vLLM's offline engine gives the whole answer at once, when it is done.")
-        answer = loaded.ask(medium, question, max_tokens, stream, temperature=temperature, top_p=top_p, style=style)
+        answer = loaded.ask(
+            medium,
+            question,
+            max_tokens,
+            stream,
+            temperature=temperature,
+            top_p=top_p,
+            style=style,
+            progress=sys.stderr.isatty(),
+        )
         # closed on Ctrl-C too, so that nothing goes on computing behind an answer that nobody reads
         with closing(answer if stream else (text for text in (answer,))) as pieces:
             for piece in pieces:
@@ -115,9 +128,7 @@ def ask(
 )
 def verify(
     goldens: Annotated[Path, typer.Argument(metavar="GOLDENS_DIR", help="A directory with cases/*.json.")],
-    engine: Annotated[
-        Engine, typer.Option(help="torch compares fused rows and tokens, vllm tokens alone.")
-    ] = "torch",
+    engine: Annotated[Engine, typer.Option(help="torch compares fused rows and tokens, vllm tokens alone.")] = "torch",
     dtype: Annotated[Dtype | None, typer.Option(help="Run only the cases of this dtype.")] = None,
     json: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the results there too.")] = None,
     debug: Debug = False,
@@ -218,11 +229,12 @@ def _status(text: str) -> Any:
 
 @contextmanager
 def _progress(title: str) -> Iterator[Any]:
-    """A bar on stderr; yields a function of (one more result, how many there are in all)."""
+    """A bar on stderr where that is a terminal; yields a function of (one more result, how many there are in all)."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_console(stderr=True), transient=True) as bar:
+    console = _console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda result, total: bar.update(task, advance=1, total=total, description=f"{title}: {result.case}")
 

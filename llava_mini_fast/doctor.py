@@ -100,11 +100,8 @@ def _installed(name: str) -> str:
 def _devices() -> Iterator[Finding]:
     model, flags = _cpu()
     fast = [name for name in ("avx512_bf16", "amx_bf16", "bf16") if name in flags]
-    yield Finding(
-        "CPU",
-        f"{model}, {_cores()} cores",
-        note=f"bfloat16 in hardware: {', '.join(fast)}" if fast else "no bfloat16 in hardware: use float32",
-    )
+    note = f"bfloat16 in hardware: {', '.join(fast)}" if fast else "no bfloat16 in hardware"
+    yield Finding("CPU", f"{model}, {_cores()} cores", note=note)
     try:
         import torch
 
@@ -117,8 +114,12 @@ def _devices() -> Iterator[Finding]:
         memory = about.total_memory / 1024**3
         yield Finding(f"CUDA {index}", f"{about.name}, sm_{about.major}{about.minor}, {memory:.0f} GiB")
     if not count:
-        why = "no device answers" if torch.version.cuda else "this torch is built for the CPU"
-        yield Finding("CUDA", "none", note=f"{why}; everything works on the CPU")
+        reason = "no device answers" if torch.version.cuda else "this torch is built for the CPU"
+        yield Finding("CUDA", "none", note=f"{reason}; everything works on the CPU")
+    from llava_mini_fast.precision import choose_dtype
+
+    chosen, why = choose_dtype("auto", torch.device("cuda" if count else "cpu"))
+    yield Finding("dtype auto", str(chosen).removeprefix("torch."), note=why)
 
 
 def _cores() -> int:

@@ -53,6 +53,8 @@ def load(
     if quantization is not None:
         front = model.front
         quantize([front.vision_tower, front.mm_projector, front.prefusion_layers, model.llm.model.layers], quantization)
+    else:
+        model.front.pack()
     return model
 
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from llava_mini_fast.checkpoint import FRONT_PREFIXES, TOWER_PREFIX
-from llava_mini_fast.config import IMAGE_TOKEN_ID, LlavaMiniConfig
+from llava_mini_fast.config import LlavaMiniConfig
 from llava_mini_fast.image_cache import CacheSizes, ImageCache
 from llava_mini_fast.media import Media
 from llava_mini_fast.model.compressor import Compressor
+from llava_mini_fast.model.packed import can_pack, pack_linears
 from llava_mini_fast.model.prefusion import PreFusion
 from llava_mini_fast.model.projector import projector
-from llava_mini_fast.model.splice import placeholder_index, splice
+from llava_mini_fast.model.splice import check_vocabulary, placeholder_index, splice
 from llava_mini_fast.model.vision_tower import VisionTower, grid_of_tiles
 from llava_mini_fast.ops.frame_mean import add_frames
 from llava_mini_fast.preprocess.prefetch import prefetch
@@ -50,6 +51,7 @@ class FusionFrontEnd(nn.Module):
         # a module would become part of this one, and its weights are the language model's
         self.embed_text = embed_text.forward if isinstance(embed_text, nn.Module) else embed_text
         self._loaded: set[str] = set()
+        self.packed = False
         with no_init_weights():  # every parameter is loaded, or filled by vLLM's dummy loader
             self.vision_tower = VisionTower(config.clip_config(), config.mm_vision_select_layer)
             self.compressor = Compressor(config.compressor_size, config.mm_hidden_size)
@@ -93,6 +95,8 @@ class FusionFrontEnd(nn.Module):
         """Load one tensor by its published name; False if it is the language model's. ValueError on a wrong shape."""
         if not name.startswith(FRONT_PREFIXES):
             return False
+        if self.packed:
+            raise RuntimeError("the front end's weights are packed for this CPU and can't be loaded again; load the model anew.")
         name = canonical_name(name)
         target = self._targets.get(name)
         if target is None:
@@ -112,9 +116,21 @@ class FusionFrontEnd(nn.Module):
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise ValueError(f"the checkpoint lacks tensor {missing[0]}{more}, which the model needs.")
-        del self._targets  # the next load, if any, looks again
+        self.__dict__.pop("_targets", None)  # the next load, if any, looks again
         self.compressor.refold()
         self.cache.clear()
+
+    def pack(self) -> bool:
+        """On a CPU, lay the linear layers' weights out for oneDNN; False where that can't be done. Last step of loading:
+        packed weights can't be loaded again."""
+        if not can_pack(self.device, self.dtype) or self.packed:
+            return self.packed
+        pack_linears(self.vision_tower)
+        pack_linears(self.mm_projector)
+        for index, layer in enumerate(self.prefusion_layers):
+            layer.pack(last=index == len(self.prefusion_layers) - 1)
+        self.packed = True
+        return True
 
     @cached_property
     def _targets(self) -> dict[str, Tensor]:
@@ -166,11 +182,7 @@ class FusionFrontEnd(nn.Module):
         index = placeholder_index(ids)
         if media is None and index is not None:
             raise ValueError("the prompt has a media placeholder and no image or video was given for it.")
-        allowed = self.config.vocab_size
-        if any(not 0 <= i < allowed for i in ids if i != IMAGE_TOKEN_ID):
-            raise ValueError(
-                f"a prompt id is outside the vocabulary: allowed are 0..{allowed - 1}, and {IMAGE_TOKEN_ID} once for the media."
-            )
+        check_vocabulary(ids, self.config.vocab_size)
         tensor = torch.tensor(ids, dtype=torch.long, device=self.device)
         text = self.embed_text(tensor.clamp(min=0)).to(self.dtype)
         return _Job(text, tensor, index, media)

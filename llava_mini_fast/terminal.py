@@ -15,7 +15,10 @@ def quiet() -> None:
     Variables that are set already win, so `VLLM_LOGGING_LEVEL=INFO` brings vLLM's log back.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # for what it says before it reads the variable
+    # what they log while they are imported, vLLM before it reads the variable
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -26,7 +29,7 @@ def quiet() -> None:
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """A replacement for `warnings.showwarning`: the sentence alone, without the line of code it comes from."""
-    print(f"warning: {printable(str(message))}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:

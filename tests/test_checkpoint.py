@@ -100,7 +100,7 @@ def test_what_is_no_checkpoint(tmp_path):
 
 
 def test_dtype_and_backend_are_checked(checkpoint):
-    with pytest.raises(ValueError, match="dtype must be one of float32"):
+    with pytest.raises(ValueError, match="dtype must be one of auto, float32"):
         lmf.load(checkpoint("llama31"), dtype="int8")
     with pytest.raises(ValueError, match="backend must be one of auto"):
         lmf.load(checkpoint("llama31"), backend="magic")

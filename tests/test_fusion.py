@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import llava_mini_fast as lmf
+from llava_mini_fast.checkpoint import front_end_weights
+from llava_mini_fast.fusion import FusionFrontEnd
 from llava_mini_fast.image_cache import CacheSizes
 from llava_mini_fast.testing.numerics import law_bound
 
@@ -79,13 +81,33 @@ def test_a_second_question_runs_neither_tower_nor_image_part(front, monkeypatch)
     assert front.cache.stats.misses == 4 and front.cache.stats.hits == 7
 
 
-def test_new_weights_empty_the_cache(front, monkeypatch):
+@pytest.fixture
+def plain(model, checkpoint):
+    """A front end that is not packed, and a function that loads its weights."""
+    config = model("llama31").config
+    front = FusionFrontEnd(config, model("llama31").llm.get_input_embeddings()).requires_grad_(False)
+    return front, lambda: front.load_weights(front_end_weights(checkpoint("llama31"), config))
+
+
+def test_new_weights_empty_the_cache(plain, monkeypatch):
+    front, load = plain
     seen = count_views(front, monkeypatch)
-    picture = lmf.image(frames(1)[0])
-    front.fuse([(TEXT, picture)])
-    front.finish_loading()
-    front.fuse([(TEXT, picture)])
+    for _ in range(2):
+        load()
+        front.fuse([(TEXT, lmf.image(frames(1)[0]))])
     assert sum(seen) == 2
+
+
+def test_packed_weights_give_the_same_and_are_not_loaded_over(plain):
+    front, load = plain
+    load()
+    assert not front.packed
+    (expected,) = front.fuse([(TEXT, lmf.video(frames(2)))])
+    assert front.pack() and front.pack()
+    front.configure()
+    assert close(front.fuse([(TEXT, lmf.video(frames(2)))])[0], expected)
+    with pytest.raises(RuntimeError, match="packed for this CPU and can't be loaded again"):
+        load()
 
 
 def test_progress_counts_frames(front):

@@ -111,7 +111,9 @@ def examples() -> Path:
     for folder in candidates:
         if all((folder / name).is_file() for name, _ in QUESTIONS if name):
             return folder
-    raise FileNotFoundError("examples/ with shapes.png and moving.mp4 is not here; run this from a clone of the repository.")
+    raise FileNotFoundError(
+        "examples/ with shapes.png and moving.mp4 is not here; run this from a clone of the repository."
+    )
 
 
 def _media(folder: Path, name: str | None) -> Any:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_mini_fast.config import LlavaMiniConfig
+from llava_mini_fast.model.packed import PackedLinear, pack_linears
 from llava_mini_fast.ops.prefix_attention import causal_attention, prefix_attention
 from llava_mini_fast.ops.rms_norm import rms_norm
 from llava_mini_fast.ops.rope import rope, rotary_table
@@ -33,6 +34,7 @@ class PreFusionLayer(nn.Module):
         self.post_attention_layernorm = nn.Parameter(torch.empty(h))
         self.gate_up_proj = nn.Linear(h, 2 * i, bias=False)
         self.down_proj = nn.Linear(i, h, bias=False)
+        self.kv_proj: PackedLinear | None = None
 
     def published_slices(self) -> dict[str, Tensor]:
         """Published weight name -> the slice of a packed parameter that it fills."""
@@ -58,10 +60,19 @@ class PreFusionLayer(nn.Module):
 
     def key_value(self, x: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """K and V alone: what a row owes when nobody reads its output (patch rows in the last layer)."""
-        weight = self.qkv_proj.weight[self.heads * self.head_dim :]
-        packed = F.linear(rms_norm(x, self.input_layernorm, self.eps), weight)
+        normed = rms_norm(x, self.input_layernorm, self.eps)
+        packed = F.linear(normed, self._key_value_weight()) if self.kv_proj is None else self.kv_proj(normed)
         _, k, v = rope(packed, positions, table, 0, self.kv_heads)
         return k, v
+
+    def _key_value_weight(self) -> Tensor:
+        return self.qkv_proj.weight[self.heads * self.head_dim :]
+
+    def pack(self, last: bool) -> None:
+        """Pack the weights for oneDNN (model/packed.py); the last layer's K and V once more, for `key_value`."""
+        if last:
+            self.kv_proj = PackedLinear(self._key_value_weight())
+        pack_linears(self)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Residual, output projection and MLP: x (R, H), attended (R, heads, d) -> (R, H)."""

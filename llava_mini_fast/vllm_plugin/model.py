@@ -84,6 +84,7 @@ class LlavaMiniForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsP
         if isinstance(self.front, FusionFrontEnd):
             self.front.finish_loading()
             loaded |= {f"front.{name}" for name, _ in self.front.named_parameters()}
+            self.front.pack()
         return loaded
 
     def _front_first(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

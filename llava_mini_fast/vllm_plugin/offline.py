@@ -7,9 +7,12 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from llava_mini_fast import checkpoint
 from llava_mini_fast.config import LlavaMiniConfig
 from llava_mini_fast.media import Media
+from llava_mini_fast.precision import choose_dtype
 from llava_mini_fast.preprocess import prompt as prompts
 from llava_mini_fast.vllm_plugin import prompt
 
@@ -23,7 +26,7 @@ class OfflineEngine:
 
     Args:
         path: a checkpoint directory or a hub name.
-        dtype: "float32", "float16" or "bfloat16".
+        dtype: "float32", "float16", "bfloat16", or "auto" for what the device does fast.
         max_new_tokens: the longest answer to make room for.
         options: more of vLLM's engine arguments, or others in place of those set here.
 
@@ -32,9 +35,7 @@ class OfflineEngine:
         FileNotFoundError, ValueError: as `llava_mini_fast.load`.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], dtype: str = "float32", max_new_tokens: int = 512, **options: Any
-    ):
+    def __init__(self, path: str | os.PathLike[str], dtype: str = "float32", max_new_tokens: int = 512, **options: Any):
         self.directory = checkpoint.resolve(path)
         self.config = checkpoint.read_config(self.directory)
         # vLLM reads it when the engine is built: no worker process, which starts faster and leaves nothing behind
@@ -42,6 +43,8 @@ class OfflineEngine:
         platform = _import_vllm()
         from vllm import LLM
 
+        device = torch.device("cuda" if platform.is_cuda_alike() else "cpu")
+        dtype = str(choose_dtype(dtype, device)[0]).removeprefix("torch.")
         context = max_context(self.config, max_new_tokens)
         if platform.is_cpu():
             # as much as one request can use; by default vLLM takes a large part of the machine's memory
@@ -74,7 +77,14 @@ class OfflineEngine:
             ValueError: two placeholders, media without placeholder, a placeholder without media, unusable media, or more
                 rows than the context holds.
         """
-        (answer,) = self._generate([prompt(prompt_ids, media)], max_new_tokens)
+        (answer,) = self._generate(
+            [prompt(prompt_ids, media)],
+            max_new_tokens,
+            # the checkpoint's stop ids alone: the tokenizer's own end is ignored, as the standalone engine does
+            stop_token_ids=list(self.config.eos_token_ids),
+            ignore_eos=True,
+            detokenize=False,
+        )
         return list(answer.token_ids)
 
     def ask(
@@ -88,8 +98,9 @@ class OfflineEngine:
         temperature: float = 0.0,
         top_p: float = 1.0,
         style: prompts.Style = "chat",
+        progress: bool = False,
     ) -> str | Iterator[str]:
-        """As the standalone engine's; with `stream`, the iterator gives the whole answer at once."""
+        """As the standalone engine's; with `stream` the iterator gives the whole answer at once, and no bar is shown."""
         request = self._question(media, question, history, style)
         (answer,) = self._generate([request], max_new_tokens, temperature=temperature, top_p=top_p)
         return (text for text in (answer.text,)) if stream else answer.text
@@ -143,4 +154,3 @@ def _import_vllm() -> Any:
     except Exception as error:
         raise ImportError(f"vLLM does not import: {error}; `llava-mini doctor` says more.") from error
     return current_platform
-

@@ -2,17 +2,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from vllm.multimodal.parse import MultiModalDataParser
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
 
 from llava_mini_fast import checkpoint, media
 from llava_mini_fast.config import IMAGE_SIZE, IMAGE_TOKEN_ID, LlavaMiniConfig
-from llava_mini_fast.model.splice import placeholder_index
+from llava_mini_fast.model.splice import check_vocabulary, placeholder_index
 from llava_mini_fast.preprocess.prompt import PLACEHOLDER, decode, encode
 from llava_mini_fast.preprocess.views import views
 from llava_mini_fast.vllm_plugin import compat
@@ -25,6 +27,7 @@ from llava_mini_fast.vllm_plugin.segments import (
     spans,
 )
 
+SEVERAL = "the prompt has several media; LLaVA-Mini takes one image or one video a conversation."
 DUMMY_FRAMES = 8
 """Frames of the profiling dummy: one full chunk of the front end, which is what bounds its memory."""
 
@@ -42,39 +45,52 @@ class MediaItems(compat.ProcessorBatchItems):
 
 
 class DataParser(MultiModalDataParser):
-    """Accepts everything that vLLM does, our media objects, and already preprocessed float tensors."""
+    """Accepts everything that vLLM does, our media objects, and already preprocessed floats."""
 
     def _parse_image_data(self, data: Any) -> MediaItems | None:
-        given = _ours(data, image_dims=4)
-        if given is None:
-            parsed = super()._parse_image_data(data)
-            given = [_as_media(media.image, item) for item in parsed.get_all()] if parsed is not None else []
-        return MediaItems(given, "image")
+        return self._parsed("image", data, super()._parse_image_data)
 
     def _parse_video_data(self, data: Any) -> MediaItems | None:
-        given = _ours(data, image_dims=5)
+        return self._parsed("video", data, super()._parse_video_data)
+
+    @staticmethod
+    def _parsed(kind: str, data: Any, vllms: Callable[[Any], Any]) -> MediaItems | None:
+        given = _ours(kind, data)
         if given is None:
-            parsed = super()._parse_video_data(data)
-            found = parsed.get_all() if parsed is not None else []
-            given = [_as_media(media.video, item[0] if isinstance(item, tuple) else item) for item in found]
-        return MediaItems(given, "video")
+            items = vllms(data)
+            if items is None:
+                return None
+            given = [_as_media(kind, item) for item in items.get_all()]
+        if len(given) > 1:
+            raise ValueError(SEVERAL)
+        return MediaItems(given, kind)
 
 
-def _ours(data: Any, image_dims: int) -> list[Any] | None:
+def _ours(kind: str, data: Any) -> list[Any] | None:
     """The media in `data` if it is ours to take, None if vLLM's parser should read it."""
+    if isinstance(data, list | tuple) and data:
+        if all(isinstance(item, media.Media | PromptMedia) for item in data):
+            return list(data)
+        if kind == "video":
+            frames = data[0] if len(data) == 1 and isinstance(data[0], list | tuple) else data
+            # vLLM makes one array of them, for which all would have to be of one size and mode
+            if all(isinstance(frame, Image.Image) or getattr(frame, "ndim", 0) == 3 for frame in frames):
+                return [media.video(frames)]
     if isinstance(data, media.Media | PromptMedia):
         return [data]
-    if isinstance(data, torch.Tensor) and data.is_floating_point() and data.dim() == image_dims:
-        return [(media.image if image_dims == 4 else media.video)(data)]
-    if isinstance(data, list) and data and all(isinstance(item, media.Media | PromptMedia) for item in data):
-        return data
+    # vLLM would read an array with one more dimension than pixels have as several media
+    floats = isinstance(data, torch.Tensor | np.ndarray) and "float" in str(data.dtype)
+    if floats and data.ndim == (4 if kind == "image" else 5):
+        return [_as_media(kind, data)]
     return None
 
 
-def _as_media(kind: Any, item: Any) -> media.Media | None:
+def _as_media(kind: str, item: Any) -> media.Media | None:
     if item is None:  # a uuid without data: apply() refuses it, since pixels decide what is cached
         return None
-    return kind(item.numpy() if isinstance(item, torch.Tensor) and item.dtype == torch.uint8 else item)
+    if kind == "image":
+        return media.image(item)
+    return media.video(item[0] if isinstance(item, tuple) else item)  # (frames, metadata)
 
 
 class Info(BaseProcessingInfo):
@@ -88,8 +104,12 @@ class Info(BaseProcessingInfo):
         return {"image": 1, "video": 1}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        # an item is a piece of the prompt, text included
-        return {"image": seq_len, "video": seq_len}
+        rows = self.most_rows(seq_len)  # an item is a piece of the prompt, text included
+        return {"image": rows, "video": rows}
+
+    def most_rows(self, seq_len: int) -> int:
+        """Rows of the longest prompt with media: longer ones than `tokenizer_model_max_length` are refused."""
+        return min(seq_len, self.config.max_rows or seq_len)
 
     def get_data_parser(self) -> DataParser:
         return DataParser()
@@ -105,7 +125,7 @@ class DummyInputs(BaseDummyInputsBuilder[Info]):
         return PLACEHOLDER * min(1, sum(mm_counts.values()))
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
-        frames = max(1, min(DUMMY_FRAMES, (seq_len - 1) // self.info.config.num_compressed))
+        frames = max(1, min(DUMMY_FRAMES, self.info.most_rows(seq_len) // self.info.config.num_compressed))
         if mm_counts.get("video"):
             return {"video": self._get_dummy_videos(width=IMAGE_SIZE, height=IMAGE_SIZE, num_frames=frames, num_videos=1)}
         if mm_counts.get("image"):
@@ -123,12 +143,12 @@ class Processor(BaseMultiModalProcessor[Info]):
         return []
 
     def get_dummy_inputs(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> compat.ProcessorInputs:
-        """The dummy prompt, filled up with text to `seq_len` rows: text rows are the item's too."""
+        """The dummy prompt, filled up with text to the longest allowed: text rows are the item's too."""
         inputs = super().get_dummy_inputs(seq_len, mm_counts, mm_options)
         if mm_counts.get("video") or mm_counts.get("image"):
             (item,) = (items.get(0) for items in inputs.mm_data_items.values())
             frames = len(item.source) if item.kind == "video" else 1
-            text = max(0, seq_len - frames * self.info.config.num_compressed)
+            text = max(0, self.info.most_rows(seq_len) - frames * self.info.config.num_compressed)
             prompt = (IMAGE_TOKEN_ID, *[self._stand_in] * text)
             inputs.mm_data_items[item.kind].data[0] = PromptMedia(item, prompt)
         return inputs
@@ -145,20 +165,22 @@ class Processor(BaseMultiModalProcessor[Info]):
             ValueError: not exactly one medium with exactly one placeholder, unusable media, or too many rows.
         """
         counts = {modality: n for modality, n in inputs.mm_data_items.get_all_counts().items() if n}
-        if not counts:
+        named = [*counts, *(inputs.mm_uuid_items or ())]
+        if not named:
             return super().apply(inputs, timing_ctx)
         if sum(counts.values()) > 1:
-            raise ValueError("the prompt has several media; LLaVA-Mini takes one image or one video a conversation.")
-        (modality,) = counts
-        item = inputs.mm_data_items[modality].get(0)
+            raise ValueError(SEVERAL)
+        modality = named[0]
+        item = inputs.mm_data_items[modality].get(0) if counts else None
         if item is None:
-            raise ValueError(f"an {modality} was named by a uuid without its data; send the {modality} itself.")
+            raise ValueError(f"the {modality} was named by a uuid without its data; send the {modality} itself.")
         if isinstance(item, PromptMedia):
             ids, medium = list(item.prompt_ids), item.media
         else:
             ids, medium = self._ids_with_placeholder(inputs.prompt), item
         placeholder = placeholder_index(ids)
         check_placeholder(placeholder, has_media=True)
+        check_vocabulary(ids, self.info.config.vocab_size)  # beyond this door nothing may fail: it would end the engine
         with timing_ctx.record("preprocess_media"):
             prepared = views(medium, self.info.config)
         return self._build(modality, ids, placeholder, prepared, inputs.cache)
@@ -172,6 +194,12 @@ class Processor(BaseMultiModalProcessor[Info]):
         config = self.info.config
         num_vision = prepared.num_frames * config.num_compressed
         rows = len(ids) - 1 + num_vision
+        context = self.info.ctx.model_config.max_model_len
+        if rows > context:
+            raise ValueError(
+                f"the prompt needs {rows} rows ({num_vision} of them vision) and the context (max_model_len) holds {context}; "
+                "shorten the text or take fewer frames."
+            )
         if config.max_rows is not None and rows > config.max_rows:
             raise ValueError(
                 f"the prompt needs {rows} rows ({num_vision} of them vision) and tokenizer_model_max_length allows "

@@ -4,6 +4,7 @@ One child a model runner, which starts one engine after the other (a second star
 """
 
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ PATIENCE = 300
 """Seconds after which a child that doesn't answer is taken for hung."""
 OPTIONS = {
     "dtype": "float32", "max_model_len": 512, "block_size": 32, "enforce_eager": True, "disable_log_stats": False,
-    "enable_prefix_caching": False, "seed": 0,
+    "seed": 0,
 }  # fmt: skip
 
 
@@ -48,9 +49,9 @@ class Vllm:
         self._child: subprocess.Popen | None = None
         self._running: Any = None
 
-    def start(self, checkpoint: Path, *, hash_without_ids: bool = False, count: bool = False, **options: Any) -> None:
-        """An engine with `OPTIONS` and `options` on top; if it runs already, its caches are emptied."""
-        wanted = (str(checkpoint), OPTIONS | options, hash_without_ids, count)
+    def start(self, checkpoint: Path, **options: Any) -> None:
+        """An engine with `OPTIONS` and `options` on top; one that runs already is reset instead, its caches emptied."""
+        wanted = (str(checkpoint), OPTIONS | options)
         if wanted == self._running:
             return self.call("reset")
         self._running = None
@@ -75,10 +76,10 @@ class Vllm:
         if self._child is None:
             self._open()
         try:
-            self._connection.send((operation, arguments))
+            self._connection.send_bytes(pickle.dumps((operation, arguments)))
             if not self._connection.poll(PATIENCE):
                 self._fail(f"no answer to {operation!r} in {PATIENCE} s")
-            good, *reply = self._connection.recv()
+            good, *reply = pickle.loads(self._connection.recv_bytes())
         except (EOFError, ConnectionError):
             self._fail(f"vLLM's process ended during {operation!r}")
         if good:
@@ -137,35 +138,29 @@ def _environment(more: dict[str, str]) -> dict[str, str]:
     return inherited | fixed | more
 
 
-def _runner(factory: pytest.TempPathFactory, name: str, **environment: str):
-    vllm = Vllm(factory.mktemp(name) / "vllm.log", environment)
-    yield vllm
-    vllm.close()
+@pytest.fixture(scope="session")
+def runner(tmp_path_factory):
+    """runner(name, **environment): what a fixture yields from to have a child of its own."""
+
+    def one(name: str, **environment: str):
+        vllm = Vllm(tmp_path_factory.mktemp(name) / "vllm.log", environment)
+        yield vllm
+        vllm.close()
+
+    return one
 
 
 @pytest.fixture(scope="session")
-def v1(tmp_path_factory):
+def v1(runner):
     """vLLM with the model runner V1, all in one process."""
-    yield from _runner(tmp_path_factory, "v1", VLLM_USE_V2_MODEL_RUNNER="0")
+    yield from runner("v1", VLLM_USE_V2_MODEL_RUNNER="0")
 
 
 @pytest.fixture(scope="session")
-def v2(tmp_path_factory):
+def v2(runner):
     """vLLM with the model runner V2, its kernels in Triton's interpreter."""
     shim = {"PYTHONPATH": str(HERE / "v2shim"), "TRITON_INTERPRET": "1"}
-    yield from _runner(tmp_path_factory, "v2", VLLM_USE_V2_MODEL_RUNNER="1", **shim)
-
-
-@pytest.fixture(scope="module")
-def v1_in_processes(tmp_path_factory):
-    """vLLM as it runs by default, the engine in a process of its own and each tensor parallel rank in another."""
-    yield from _runner(
-        tmp_path_factory,
-        "v1_in_processes",
-        VLLM_USE_V2_MODEL_RUNNER="0",
-        VLLM_ENABLE_V1_MULTIPROCESSING="1",
-        VLLM_CPU_OMP_THREADS_BIND="0|1" if len(os.sched_getaffinity(0)) > 1 else "nobind",
-    )
+    yield from runner("v2", VLLM_USE_V2_MODEL_RUNNER="1", **shim)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,6 +180,11 @@ class Golden:
     @property
     def prompt(self) -> dict[str, Any]:
         return prompt(self.row.prompt_ids, self.row.media)
+
+
+@pytest.fixture(scope="session")
+def goldens_directory():
+    return GOLDENS
 
 
 @pytest.fixture(scope="session")

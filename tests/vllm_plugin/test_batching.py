@@ -21,8 +21,7 @@ def run(vllm, cases):
 )
 def test_the_segments_of_a_prompt_run_the_tower_once(v1, goldens, checkpoint, name, items, views):
     case = goldens(checkpoint)[name]
-    v1.start(case.case.checkpoint_directory(), count=True)
-    v1.call("counted")
+    v1.start(case.case.checkpoint_directory())
     found = run(v1, [case])
     assert found == {"tower": [views], "embed": [items], "finite": [True]}
 
@@ -31,18 +30,16 @@ def test_prompts_of_one_batch_share_the_tower(v1, goldens):
     """Seven prompts about two pictures: one call of the front end, one run of the tower, two views."""
     cases = [case for case in goldens("llama31").values() if case.row.media_name in ("landscape.png", "portrait.png")]
     assert len(cases) == 8
-    v1.start(cases[0].case.checkpoint_directory(), count=True)
-    v1.call("counted")
+    v1.start(cases[0].case.checkpoint_directory())
     found = run(v1, cases)
     assert found["tower"] == [2]
     assert len(found["embed"]) == 1
 
 
 def test_a_second_question_runs_no_tower(v1, goldens):
-    """The front end's own image cache, below vLLM's: without prefix caching every row is computed anew, no frame is."""
+    """The front end's own image cache, below vLLM's: rows are computed, frames are not."""
     cases = goldens("llama31")
-    v1.start(cases["video"].case.checkpoint_directory(), count=True)
-    v1.call("counted")
+    v1.start(cases["video"].case.checkpoint_directory())
     assert run(v1, [cases["image"]])["tower"] == [1]
     found = run(v1, [cases["image_other_question"], cases["multi_turn"]])
     assert found["tower"] == []

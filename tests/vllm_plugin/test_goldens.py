@@ -8,6 +8,13 @@ from llava_mini_fast.vllm_plugin.segments import ids_of_segment, spans
 
 CHECKPOINTS = ("llama31", "llama31_c2", "llama31_hd", "tower_inside", "vicuna")
 BLOCK = 32
+SMALL_STEPS = {"enable_prefix_caching": False, "max_num_batched_tokens": 64, "max_num_seqs": 16}
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def cases(request, goldens):
+    """All cases of one checkpoint. All tests of a checkpoint come together, which spares starts."""
+    return list(goldens(request.param).values())
 
 
 def wrong(goldens, answers):
@@ -41,18 +48,18 @@ def test_every_case_is_run_or_listed(goldens):
     assert len(run) == 19  # and `truncated`, which only the raw door takes: see test_bad_input.py
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_one_at_a_time_and_in_one_batch(v1, goldens, checkpoint):
-    cases = list(goldens(checkpoint).values())
+def test_one_at_a_time_and_in_one_batch(v1, cases):
+    alone = []
+    for case in cases:
+        v1.start(case.case.checkpoint_directory())
+        alone += ask(v1, [case])
+    assert wrong(cases, alone) == []
     v1.start(cases[0].case.checkpoint_directory())
-    assert wrong(cases, [answer for case in cases for answer in ask(v1, [case])]) == []
     assert wrong(cases[::-1], ask(v1, cases[::-1])) == []
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_prefix_caching_with_repeats(v1, goldens, checkpoint):
-    cases = list(goldens(checkpoint).values())
-    v1.start(cases[0].case.checkpoint_directory(), enable_prefix_caching=True)
+def test_prefix_caching_with_repeats(v1, cases):
+    v1.start(cases[0].case.checkpoint_directory())
     assert wrong(cases, ask(v1, cases)) == []
     mixed = cases + cases[::-1]
     again = ask(v1, mixed)
@@ -62,18 +69,15 @@ def test_prefix_caching_with_repeats(v1, goldens, checkpoint):
         assert answer.cached == (len(case.row.fused) - 1) // BLOCK * BLOCK, case.name
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_chunked_prefill(v1, goldens, checkpoint):
-    cases = list(goldens(checkpoint).values())
+def test_chunked_prefill(v1, cases):
     assert max(len(case.row.fused) for case in cases) > 64
-    v1.start(cases[0].case.checkpoint_directory(), max_num_batched_tokens=64, max_num_seqs=8)
+    v1.start(cases[0].case.checkpoint_directory(), **SMALL_STEPS)
     assert wrong(cases, ask(v1, cases)) == []
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_preemption(v1, goldens, checkpoint):
+def test_preemption(v1, cases):
     """Text requests that came first grow while two cases run that had filled the cache to its last block."""
-    first, *cases = sorted(goldens(checkpoint).values(), key=lambda case: -len(case.row.fused))
+    first, *cases = sorted(cases, key=lambda case: -len(case.row.fused))
     # the two that get in each other's way show different media, and so share no item
     cases = [first, *sorted(cases, key=lambda case: case.row.media_name == first.row.media_name)]
     items = {item for case in cases for item in segments(case)}
@@ -83,16 +87,15 @@ def test_preemption(v1, goldens, checkpoint):
     growing = [prompt(range(100, 100 + length)) for length in range(29, 5, -2)]
     v1.start(
         cases[0].case.checkpoint_directory(),
-        count=True,
         max_model_len=(max(blocks) + 1) * BLOCK,  # the encoder cache holds so many rows: less than two cases
-        max_num_batched_tokens=64,
-        max_num_seqs=len(growing) + 4,
+        **SMALL_STEPS,
         num_gpu_blocks_override=1 + len(growing) + blocks[0] + blocks[1],
     )
+    before = v1.call("metric", "vllm:num_preemptions")
     prompts = growing + [case.prompt for case in cases]
     answers = v1.generate(prompts, [30] * len(growing) + lengths(cases), ignore_eos=True)
     assert wrong(cases, answers[len(growing) :]) == []
-    assert v1.call("metric", "vllm:num_preemptions") > 0
+    assert v1.call("metric", "vllm:num_preemptions") > before
     embedded = sum(v1.call("counted")["embed"])
     if len(items) > 2:
         assert embedded > len(items)  # some had left the encoder cache and were computed again

@@ -1,10 +1,14 @@
 """One vLLM process for the tests: does what it is told over a socket, one engine at a time.
 
 Started by conftest.py as `python worker.py FD`. A request is (operation, arguments); the reply is (True, result) or
-(False, the exception's class names, its message, its traceback).
+(False, the exception's class names, its message, its traceback), pickled here: `Connection.send` would hand tensors over
+as file descriptors, by way of a server that asks for a key.
 """
 
 import gc
+import logging
+import os
+import pickle
 import sys
 import traceback
 from multiprocessing.connection import Connection
@@ -12,22 +16,22 @@ from typing import Any
 
 
 class Worker:
-    """The operations. Everything that goes in or out is pickled."""
+    """The operations."""
 
     def __init__(self):
         self.llm = None
         self.calls: dict[str, list[Any]] = {}
 
-    def start(self, checkpoint: str, options: dict[str, Any], hash_without_ids: bool, count: bool) -> None:
-        """An engine; the one before it is closed. `count`: keep book of the front end's work, for `counted`."""
+    def start(self, checkpoint: str, options: dict[str, Any]) -> None:
+        """An engine; the one before it is closed."""
         from vllm import LLM
 
-        from llava_mini_fast.vllm_plugin import processor, segments
-
         self.stop()
-        processor.segment_hash = _hash_without_ids if hash_without_ids else segments.segment_hash
+        _restore_hash()
+        if not gc.get_freeze_count():
+            gc.freeze()  # imports live as long as the process: the collections that end an engine needn't walk them
         self.llm = LLM(checkpoint, **options)
-        if count:
+        if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
             self.llm.apply_model(self._count)
 
     def stop(self) -> None:
@@ -38,7 +42,9 @@ class Worker:
         gc.collect()
 
     def reset(self) -> None:
-        """Forget every cached thing."""
+        """The engine as it was when it started: nothing cached, nothing counted."""
+        _restore_hash()
+        self.counted()
         assert self.llm.reset_prefix_cache()
         self.llm.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
@@ -47,25 +53,68 @@ class Worker:
     def generate(self, prompts: list[Any], sampling: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return self._answers(self.llm.generate(prompts, _params(sampling), use_tqdm=False))
 
-    def chat(self, messages: list[Any], sampling: list[dict[str, Any]], options: dict[str, Any]) -> list[dict[str, Any]]:
+    def chat(
+        self, messages: list[Any], sampling: list[dict[str, Any]], options: dict[str, Any]
+    ) -> list[dict[str, Any]]:
         return self._answers(self.llm.chat(messages, _params(sampling), use_tqdm=False, **options))
 
     def tokenize(self, text: str) -> list[int]:
         """As vLLM does with a text prompt."""
         return self.llm.get_tokenizer()(text)["input_ids"]
 
+    def register(self, path: str | None) -> list[str]:
+        """Register the plugin again, with `path` on sys.path; the warnings that it logs."""
+        from llava_mini_fast.vllm_plugin import compat, register
+
+        said: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())
+        before = list(sys.path)
+        compat.logger.addHandler(handler)
+        try:
+            sys.path[:0] = [path] if path else []
+            register()
+        finally:
+            sys.path[:] = before
+            compat.logger.removeHandler(handler)
+        return said
+
+    def load_video(self, url: str) -> Any:
+        """The frames that a clip in a chat message becomes, by the loader that vLLM picks for the model."""
+        from vllm.multimodal.media import MediaConnector
+        from vllm.transformers_utils.processor import get_video_processor_cls_name
+
+        processor = get_video_processor_cls_name(self.llm.model_config)
+        frames, _ = MediaConnector().fetch_video(url, video_processor=processor)
+        return frames
+
+    def runner(self) -> list[str]:
+        """Modules of the model runner's classes, and of what its Triton kernels are."""
+        from vllm.v1.worker.gpu.input_batch import _prepare_prefill_inputs_kernel as kernel
+
+        (classes,) = self.llm.collective_rpc(lambda worker: [c.__module__ for c in type(worker.model_runner).__mro__])
+        return [*classes, type(kernel).__module__]
+
     def metric(self, name: str) -> int:
         return sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)
 
     def counted(self) -> dict[str, list[Any]]:
-        """Since the last time: the views of each run of the vision tower ("tower"), the items of each call of the front
+        """Since the start or the last call: the views of each run of the vision tower ("tower"), the items of each call of the front
         end ("embed"), and whether all of its rows were finite ("finite")."""
         counted = {name: list(found) for name, found in self.calls.items()}
         for found in self.calls.values():
             found.clear()
         return counted
 
+    def leave_ids_out_of_the_hash(self) -> None:
+        """Until the next start or reset."""
+        from llava_mini_fast.vllm_plugin import processor
+
+        processor.segment_hash = _hash_without_ids
+
     def _count(self, model: Any) -> None:
+        if not hasattr(model.front, "vision_tower"):  # left out, with every media limit at 0
+            return
         tower, embeds, finite = [], [], []
         self.calls = {"tower": tower, "embed": embeds, "finite": finite}
         model.front.vision_tower.register_forward_pre_hook(lambda _, args: tower.append(len(args[0])))
@@ -95,6 +144,12 @@ def _clear_image_cache(model: Any) -> None:
     model.front.cache.clear()
 
 
+def _restore_hash() -> None:
+    from llava_mini_fast.vllm_plugin import processor, segments
+
+    processor.segment_hash = segments.segment_hash
+
+
 def _params(sampling: list[dict[str, Any]]) -> list[Any]:
     from vllm import SamplingParams
 
@@ -113,7 +168,7 @@ def main() -> None:
     worker = Worker()
     while True:
         try:
-            operation, arguments = connection.recv()
+            operation, arguments = pickle.loads(connection.recv_bytes())
         except EOFError:
             return worker.stop()
         try:
@@ -121,7 +176,7 @@ def main() -> None:
         except Exception as error:
             names = [cls.__name__ for cls in type(error).__mro__]
             reply = (False, names, str(error), traceback.format_exc())
-        connection.send(reply)
+        connection.send_bytes(pickle.dumps(reply))
 
 
 if __name__ == "__main__":

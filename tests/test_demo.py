@@ -1,0 +1,44 @@
+"""`make run`'s demonstration, start to end in a child process, and its clock."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+
+from llava_mini_fast import demo
+
+
+def test_answers_three_questions_in_one_batch():
+    command = [sys.executable, "-P", "-m", "llava_mini_fast.demo"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    for words in (
+        "drawn from a seed",
+        "shapes.png",
+        "moving.mp4",
+        "text alone",
+        "start vLLM",
+        "front end",
+        "language model",
+    ):
+        assert words in " ".join(result.stdout.split())
+    assert result.stdout.splitlines()[-1].startswith("make run: 3 questions answered in ")
+
+
+def test_missing_examples_are_a_sentence(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "package" / "demo" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"shapes\.png"):
+        demo.examples()
+
+
+def test_stopwatch_adds_up_and_hands_through():
+    watch = demo.Stopwatch()
+    waited = []
+    owner = types.SimpleNamespace(double=lambda x: 2 * x)
+    watch.watch(owner, "double", "doubling", lambda: waited.append(1))
+    assert [owner.double(2), owner.double(3)] == [4, 6]
+    assert waited == [1, 1]
+    assert set(watch.seconds) == {"doubling"}
+    assert watch.seconds["doubling"] > 0

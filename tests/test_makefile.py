@@ -1,0 +1,87 @@
+"""The Makefile and .ci/run, as far as that is cheap: nothing is installed here."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TARGETS = ("setup", "run", "test", "check", "clean")
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def make(*arguments, cwd=ROOT, **environment):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(
+        ["make", *arguments], cwd=cwd, env=clean | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_make_alone_lists_every_target():
+    listed = make().stdout
+    assert [line.split()[1] for line in listed.splitlines() if line.startswith("make ")] == list(TARGETS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_targets_are_sound(target):
+    result = make("-n", target)
+    assert result.returncode == 0, result.stderr
+    script = result.stdout
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+def test_what_test_and_check_run():
+    assert '-m "not slow and not gpu"' in make("-n", "test").stdout
+    check = make("-n", "check", "GOLDENS=here there").stdout
+    assert "for goldens in tests/goldens here there;" in check
+    assert "not slow" not in check
+
+
+def test_only_ci_looks_beside_the_checkout():
+    assert "shared" not in (ROOT / "Makefile").read_text()
+    assert "export PYTHONSAFEPATH := 1" in (ROOT / "Makefile").read_text()
+
+
+def test_ci_run_is_make_check(tmp_path):
+    ci = ROOT / ".ci" / "run"
+    assert os.access(ci, os.X_OK)
+    checkout = tmp_path / "checkout"
+    (checkout / ".ci").mkdir(parents=True)
+    shutil.copy(ci, checkout / ".ci" / "run")
+    fake = tmp_path / "bin" / "make"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\necho "$PWD: $*"\n')
+    fake.chmod(0o755)
+
+    def run():
+        path = f"{fake.parent}:{os.environ['PATH']}"
+        return subprocess.run(
+            [checkout / ".ci" / "run"],
+            cwd="/",
+            env=os.environ | {"PATH": path},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
+    assert run() == f"{checkout}: check GOLDENS="
+    (tmp_path / "shared" / "compact").mkdir(parents=True)
+    assert run() == f"{checkout}: check GOLDENS=../shared/compact"
+
+
+def test_another_python_is_refused_with_a_sentence(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    old = tmp_path / "python"
+    old.write_text("#!/bin/sh\nif [ \"$1\" = --version ]; then echo 'Python 3.10.2'; else exit 1; fi\n")
+    old.chmod(0o755)
+    result = make("setup", f"PYTHON={old}", cwd=tmp_path)
+    assert result.returncode != 0
+    assert re.search(r"^make \S*: failed: Python 3\.10\.2 does not do", result.stdout, re.MULTILINE)
+    result = make("setup", "PYTHON=no-such-python", cwd=tmp_path)
+    assert "there is no no-such-python" in result.stdout
+    assert not (tmp_path / ".venv").exists()
