@@ -202,15 +202,24 @@ class LlavaMini:
 
         streamer = TextIteratorStreamer(self.tokenizer, skip_special_tokens=True)
         failure: list[BaseException] = []
+        left = threading.Event()
+
+        def reader_left(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+            return torch.full((ids.shape[0],), left.is_set(), device=ids.device)
 
         def work() -> None:
             try:
-                self._generate(rows, max_new_tokens, streamer=streamer, **sampling)
+                self._generate(rows, max_new_tokens, streamer=streamer, stopping_criteria=[reader_left], **sampling)
             except BaseException as error:  # handed to the reader below: a thread's exception is otherwise lost
                 failure.append(error)
                 streamer.end()
 
-        threading.Thread(target=work, daemon=True).start()
-        yield from (piece for piece in streamer if piece)
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:  # the thread ends with its reader: one that is inside torch when Python exits aborts the process
+            left.set()
+            thread.join()
         if failure:
             raise failure[0]

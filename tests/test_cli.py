@@ -198,15 +198,19 @@ def endless(tmp_path, checkpoint):
     return out
 
 
-@pytest.mark.parametrize("when", [0.7, 5])
+@pytest.mark.parametrize("when", [0.7, 5, "streaming"])
 def test_interrupt_exits_with_130(endless, when):
+    stream = ["--stream"] if when == "streaming" else []
     with subprocess.Popen(
-        [COMMAND, "ask", PICTURE, "?", "--max-tokens", "100000", "--model", endless],
+        [COMMAND, "ask", PICTURE, "?", "--max-tokens", "100000", "--model", endless, *stream],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        time.sleep(when)
+        if stream:
+            process.stdout.read(1)
+        else:
+            time.sleep(when)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import llava_mini_fast as lmf
+from llava_mini_fast.image_cache import CacheSizes
 from llava_mini_fast.preprocess.views import normalize, views
 from llava_mini_fast.reference import Reference
 from llava_mini_fast.testing.cases import load_cases
@@ -23,6 +24,17 @@ def test_every_compact_golden(request):
     results = run(load_cases(goldens), lambda directory, dtype: lmf.load(directory, dtype=dtype))
     assert len(results) == 20
     assert [r for r in results if not r.passed] == []
+
+
+@pytest.mark.parametrize(("cached_frames", "chunk"), [(0, 1), (1, 3), (100, 64)], ids=["off", "tiny", "on"])
+def test_every_golden_with_any_cache_and_chunk(request, cached_frames, chunk):
+    def engine(directory, dtype):
+        model = lmf.load(directory, dtype=dtype)
+        model.front.configure(CacheSizes(cached_frames * model.front.cache.frame_bytes, 0), chunk)
+        return model
+
+    results = run(load_cases(request.path.parent / "goldens"), engine)
+    assert len(results) == 20 and [r for r in results if not r.passed] == []
 
 
 def test_embed_cuts_with_a_warning_and_ask_refuses(checkpoint, golden):

@@ -119,6 +119,17 @@ def test_progress_counts_frames(front):
         front.configure(frames_per_chunk=0)
 
 
+def test_the_text_mean_is_exact_to_float32(front):
+    clip = frames(12, seed=5)
+    front.configure(OFF, frames_per_chunk=5)
+    (rows,) = front.fuse([(TEXT, lmf.video(clip))])
+    alone = [front.fuse([(TEXT, lmf.video(frame[None]))])[0] for frame in clip]
+    text = [0, 1, 3, 4, 6]  # the placeholder and the masked id 0 left out
+    mean = torch.stack([fused[text] for fused in alone]).double().mean(0)
+    assert (rows[[i if i < 2 else i + 11 for i in text]] - mean).abs().max() < 2e-5
+    assert all(close(rows[2 + i : 3 + i], fused[2:3]) for i, fused in enumerate(alone))  # in order
+
+
 def test_rows_with_id_0_or_less_are_plain_embeddings_and_unseen(front):
     image = lmf.image(frames(1)[0])
     (with_zero,) = front.fuse([(TEXT, image)])

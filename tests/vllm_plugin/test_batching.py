@@ -2,6 +2,8 @@
 
 import pytest
 
+from llava_mini_fast.vllm_plugin import prompt
+
 
 def run(vllm, cases):
     answers = vllm.generate([case.prompt for case in cases], [len(case.row.tokens) for case in cases])
@@ -44,3 +46,16 @@ def test_a_second_question_runs_no_tower(v1, goldens):
     found = run(v1, [cases["image_other_question"], cases["multi_turn"]])
     assert found["tower"] == []
     assert sum(found["embed"]) > 0
+
+
+def test_a_second_question_about_a_clip_runs_no_tower(v1, goldens, model):
+    golden = goldens("llama31")["video"]
+    v1.start(golden.case.checkpoint_directory())
+    assert run(v1, [golden])["tower"] == [4]
+    placeholder = golden.row.prompt_ids.index(-200)
+    ids = [*golden.row.prompt_ids[: placeholder + 1], 198, 54, 706, 30]
+    (answer,) = v1.generate([prompt(ids, golden.row.media)])
+    assert answer.tokens == model("llama31").generate_ids(ids, golden.row.media)
+    assert v1.call("counted")["tower"] == []
+    vision_rows = placeholder + 5
+    assert answer.cached >= vision_rows // 32 * 32

@@ -95,6 +95,12 @@ class Worker:
         (classes,) = self.llm.collective_rpc(lambda worker: [c.__module__ for c in type(worker.model_runner).__mro__])
         return [*classes, type(kernel).__module__]
 
+    def sample(self, name: str) -> float | None:
+        """A value of this process's own Prometheus registry."""
+        from prometheus_client import REGISTRY
+
+        return REGISTRY.get_sample_value(name)
+
     def metric(self, name: str) -> int:
         return sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)
 

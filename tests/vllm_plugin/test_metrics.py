@@ -1,0 +1,38 @@
+"""The image cache's counters, as Prometheus reads them."""
+
+import gc
+
+import torch
+from prometheus_client import REGISTRY
+
+import llava_mini_fast as lmf
+from llava_mini_fast.vllm_plugin import metrics
+
+
+def value(name):
+    return REGISTRY.get_sample_value(f"llava_mini_cache_{name}")
+
+
+def test_counters_follow_the_cache(checkpoint):
+    model = lmf.load(checkpoint("llama31"))
+    metrics.export(model.front)
+    picture = lmf.image(torch.zeros(1, 3, 336, 336))
+    for _ in range(3):
+        model.embed([5, -200, 7], picture)
+    assert (value("misses_total"), value("hits_total"), value("evictions_total")) == (1, 2, 0)
+    assert value("frames") == 1 and value("bytes") == model.front.cache.frame_bytes
+
+    other = lmf.load(checkpoint("llama31"))
+    metrics.export(other.front)  # a new model of the process takes the names over
+    assert value("misses_total") == 0
+    del other
+    gc.collect()
+    assert value("misses_total") is None
+
+
+def test_the_worker_exports_them(v1, goldens):
+    golden = goldens("llama31")["image"]
+    v1.start(golden.case.checkpoint_directory())
+    before = v1.call("sample", "llava_mini_cache_misses_total")
+    v1.generate([golden.prompt], 2)
+    assert v1.call("sample", "llava_mini_cache_misses_total") == before + 1
