@@ -17,6 +17,7 @@ from llava_mini_fast import checkpoint
 from llava_mini_fast.config import LlavaMiniConfig
 from llava_mini_fast.fusion import FusionFrontEnd
 from llava_mini_fast.media import Media
+from llava_mini_fast.pieces import Pieces
 from llava_mini_fast.precision import choose_dtype, quantize
 from llava_mini_fast.preprocess import prompt as prompts
 
@@ -198,9 +199,7 @@ class LlavaMini:
         return out[0].tolist()
 
     def _stream(self, rows: Tensor, max_new_tokens: int, sampling: dict[str, Any]) -> Iterator[str]:
-        from transformers import TextIteratorStreamer
-
-        streamer = TextIteratorStreamer(self.tokenizer, skip_special_tokens=True)
+        streamer = Pieces(self.tokenizer)
         failure: list[BaseException] = []
         left = threading.Event()
 
@@ -217,7 +216,7 @@ class LlavaMini:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         try:
-            yield from (piece for piece in streamer if piece)
+            yield from streamer
         finally:  # the thread ends with its reader: one that is inside torch when Python exits aborts the process
             left.set()
             thread.join()

@@ -61,7 +61,8 @@ class LlavaMiniForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsP
                 requests.append(segment)
         fused = self.front.fuse([(request.ids, request.views()) for request in requests])
         found = [next(rows for rows, r in zip(fused, requests) if s.begins(r)) for s in segments]
-        return [rows[s.start : s.stop] for rows, s in zip(found, segments)]
+        # copies, because vLLM keeps them: a view of a few rows would keep the whole prompt's alive
+        return [rows[s.start : s.stop].clone() for rows, s in zip(found, segments)]
 
     def forward(
         self,

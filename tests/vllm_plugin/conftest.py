@@ -35,6 +35,7 @@ class Refused(ValueError):
 @dataclass(frozen=True)
 class Answer:
     tokens: list[int]
+    text: str
     cached: int
     """Prompt tokens whose keys and values were in the prefix cache."""
     prompt: list[int]
@@ -59,7 +60,7 @@ class Vllm:
         self._running = wanted
 
     def generate(self, prompts: Sequence[Any], max_tokens: int | Sequence[int] = 16, **params: Any) -> list[Answer]:
-        """Greedy answers, in one batch."""
+        """Answers in one batch, greedy unless `params` say otherwise; `choice` lists the only texts allowed."""
         return self._answers("generate", prompts, max_tokens, params)
 
     def chat(self, messages: Sequence[Any], max_tokens: int = 16, **options: Any) -> list[Answer]:

@@ -25,7 +25,7 @@ def test_the_segments_of_a_prompt_run_the_tower_once(v1, goldens, checkpoint, na
     case = goldens(checkpoint)[name]
     v1.start(case.case.checkpoint_directory())
     found = run(v1, [case])
-    assert found == {"tower": [views], "embed": [items], "finite": [True]}
+    assert found == {"tower": [views], "embed": [items], "sound": [True]}
 
 
 def test_prompts_of_one_batch_share_the_tower(v1, goldens):

@@ -13,7 +13,7 @@ def test_dummy_weights(v1, checkpoint):
     v1.start(checkpoint("llama31"), load_format="dummy")
     image, text = v1.generate([REQUEST, "Hello"], 6, ignore_eos=True)
     assert len(image.tokens) == len(text.tokens) == 6
-    assert v1.call("counted")["finite"] == [True]
+    assert v1.call("counted")["sound"] == [True]
 
 
 @pytest.mark.parametrize("limits", [{"image": 0, "video": 0}, {"video": 0}])

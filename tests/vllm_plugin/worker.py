@@ -106,7 +106,7 @@ class Worker:
 
     def counted(self) -> dict[str, list[Any]]:
         """Since the start or the last call: the views of each run of the vision tower ("tower"), the items of each call of the front
-        end ("embed"), and whether all of its rows were finite ("finite")."""
+        end ("embed"), and whether its rows were finite, and kept no others alive ("sound")."""
         counted = {name: list(found) for name, found in self.calls.items()}
         for found in self.calls.values():
             found.clear()
@@ -121,15 +121,15 @@ class Worker:
     def _count(self, model: Any) -> None:
         if not hasattr(model.front, "vision_tower"):  # left out, with every media limit at 0
             return
-        tower, embeds, finite = [], [], []
-        self.calls = {"tower": tower, "embed": embeds, "finite": finite}
+        tower, embeds, sound = [], [], []
+        self.calls = {"tower": tower, "embed": embeds, "sound": sound}
         model.front.vision_tower.register_forward_pre_hook(lambda _, args: tower.append(len(args[0])))
         embed = model.embed_multimodal
 
         def embed_multimodal(**items: Any) -> Any:
             rows = embed(**items)
             embeds.append(len(rows))
-            finite.append(all(bool(part.isfinite().all()) for part in rows))
+            sound.append(all(part.isfinite().all() and part.untyped_storage().nbytes() == part.nbytes for part in rows))
             return rows
 
         model.embed_multimodal = embed_multimodal
@@ -139,6 +139,7 @@ class Worker:
         return [
             {
                 "tokens": list(output.outputs[0].token_ids),
+                "text": output.outputs[0].text,
                 "cached": output.num_cached_tokens,
                 "prompt": list(output.prompt_token_ids),
             }
@@ -158,8 +159,12 @@ def _restore_hash() -> None:
 
 def _params(sampling: list[dict[str, Any]]) -> list[Any]:
     from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
-    return [SamplingParams(**one) for one in sampling]
+    def params(choice: list[str] | None = None, **rest: Any) -> SamplingParams:
+        return SamplingParams(**rest, structured_outputs=StructuredOutputsParams(choice=choice) if choice else None)
+
+    return [params(**one) for one in sampling]
 
 
 def _hash_without_ids(model: str, kind: str, pixels: str, digests: Any, start: int, ids: Any) -> str:
