@@ -87,7 +87,9 @@ class Vllm:
             return reply[0]
         names, message, trace = reply
         if {"ValueError", "VLLMClientError"} & set(names):
-            raise Refused(message)
+            error = Refused(message)
+            error.add_note(trace)
+            raise error
         raise RuntimeError(f"vLLM raised {names[0]} during {operation!r}:\n{trace}")
 
     def close(self) -> None:

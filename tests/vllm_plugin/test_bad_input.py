@@ -9,7 +9,7 @@ from PIL import Image
 
 import llava_mini_fast as lmf
 from llava_mini_fast.testing.cases import load_cases
-from llava_mini_fast.vllm_plugin import embeds_prompt, prompt
+from llava_mini_fast.vllm_plugin import prompt
 from llava_mini_fast.vllm_plugin.segments import PromptMedia
 
 PICTURE = Image.new("RGB", (40, 30), (200, 30, 60))
@@ -102,8 +102,6 @@ def test_prompt_refuses_before_vllm_is_asked():
         prompt([5, -200, 6])
     with pytest.raises(ValueError, match="2 media placeholders"):
         prompt([-200, 5, -200], lmf.image(PICTURE))
-    with pytest.raises(ValueError, match=r"must be \(rows, H\)"):
-        embeds_prompt(torch.zeros(3))
 
 
 def test_a_hand_made_prompt_is_checked_too(vllm):

@@ -15,7 +15,7 @@ import llava_mini_fast as lmf
 from llava_mini_fast.preprocess.prompt import LLAMA_SYSTEM, encode
 from llava_mini_fast.preprocess.video import frames
 from llava_mini_fast.preprocess.views import normalize, views
-from llava_mini_fast.vllm_plugin import embeds_prompt, prompt
+from llava_mini_fast.vllm_plugin import prompt
 
 QUESTION = "What is in this picture?"
 TEXT = f"USER: <image>\n{QUESTION} ASSISTANT:"
@@ -225,11 +225,3 @@ def test_the_pixels_decide_and_not_the_uuid(v1, checkpoint, model):
         request = {"prompt": TEXT, "multi_modal_data": {"image": picture(seed)}, "multi_modal_uuids": {"image": "mine"}}
         answers.append(same(v1, engine, request, ids, lmf.image(picture(seed))).tokens)
     assert answers[0] != answers[1]
-
-
-def test_rows_fused_elsewhere(v1, checkpoint, model):
-    engine = model("llama31")
-    v1.start(checkpoint("llama31"), enable_prompt_embeds=True)
-    ids, medium = tokens_of(engine, TEXT), lmf.video(clip_frames())
-    answers = v1.generate([embeds_prompt(engine.embed(ids, medium)), prompt(ids, medium)], STEPS)
-    assert [answer.tokens for answer in answers] == [engine.generate_ids(ids, medium, STEPS)] * 2

@@ -40,6 +40,16 @@ def test_goldens(v2, goldens, checkpoint):
     assert wrong(v2, cases, min(16, 63 // len(cases))) == []
 
 
+def test_sampling_and_grammars_run(v2, checkpoint, goldens):
+    """What the shim's two repairs are for."""
+    case = goldens("vicuna")["vicuna"]
+    v2.start(checkpoint("vicuna"))
+    (sampled,) = v2.generate([case.prompt], 4, temperature=1.0, top_p=0.9, top_k=20, seed=1)
+    assert len(sampled.tokens) == 4
+    (chosen,) = v2.generate([case.prompt], 8, choice=["red", "blue"])
+    assert chosen.text in ("red", "blue")
+
+
 def test_chunked_prefill_and_preemption(v2, goldens):
     """A text request grows into the last block while cases run whose encoder outputs don't fit beside one another."""
     by_name = goldens("llama31")
@@ -58,13 +68,3 @@ def test_chunked_prefill_and_preemption(v2, goldens):
     answers = v2.generate([growing, *[case.prompt for case in cases]], [14, 16, 16, 16], ignore_eos=True)
     assert [answer.tokens for answer in answers[1:]] == [case.row.tokens for case in cases]
     assert v2.call("metric", "vllm:num_preemptions") > before
-
-
-def test_sampling_and_grammars_run(v2, checkpoint, goldens):
-    """What the shim's two repairs are for."""
-    case = goldens("vicuna")["vicuna"]
-    v2.start(checkpoint("vicuna"))
-    (sampled,) = v2.generate([case.prompt], 4, temperature=1.0, top_p=0.9, top_k=20, seed=1)
-    assert len(sampled.tokens) == 4
-    (chosen,) = v2.generate([case.prompt], 8, choice=["red", "blue"])
-    assert chosen.text in ("red", "blue")
