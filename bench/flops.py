@@ -1,4 +1,5 @@
 """Floating-point operations of the front end, by stage: what a ratio of times can reach at most."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -43,7 +44,12 @@ def layer_gemms(config: LlavaMiniConfig, rows: int, count: int = 1) -> list[Gemm
     """Whole Llama layers over `rows` rows."""
     h, i = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    return [Gemm(rows, h, q + 2 * kv, count), Gemm(rows, q, h, count), Gemm(rows, h, 2 * i, count), Gemm(rows, i, h, count)]
+    return [
+        Gemm(rows, h, q + 2 * kv, count),
+        Gemm(rows, q, h, count),
+        Gemm(rows, h, 2 * i, count),
+        Gemm(rows, i, h, count),
+    ]
 
 
 def image_part_gemms(config: LlavaMiniConfig, frames: int) -> list[Gemm]:
@@ -81,7 +87,9 @@ def front_flops(config: LlavaMiniConfig, frames: int, text_rows: int, published:
     heads, head_dim, depth = c.num_attention_heads, c.head_dim, c.prefusion_layer_num
     if published:
         whole = rows + text_rows
-        fused = sum(g.flops for g in layer_gemms(c, whole, depth)) + depth * attention_flops(whole, whole, heads, head_dim)
+        fused = sum(g.flops for g in layer_gemms(c, whole, depth)) + depth * attention_flops(
+            whole, whole, heads, head_dim
+        )
         stages = {"pre-fusion": frames * fused}
     else:
         image = sum(g.flops for g in image_part_gemms(c, 1))

@@ -1,4 +1,5 @@
 """The front end against the published structure, at real size: `python -m llava_mini_fast.bench.frontend --help`."""
+
 from __future__ import annotations
 
 import argparse
@@ -11,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
-
 from llava_mini_fast.bench import flops
 from llava_mini_fast.bench.published import PublishedFrontEnd
 from llava_mini_fast.bench.timing import Timing, interleave, machine, peak_memory
+from torch import Tensor
+from tqdm import tqdm
+
 from llava_mini_fast.config import CLIP_L_336, MODEL_TYPE, LlavaMiniConfig
 from llava_mini_fast.fusion import FusionFrontEnd
 from llava_mini_fast.image_cache import CacheSizes
@@ -84,7 +85,9 @@ class Bench:
         self.ratios: dict[str, float] = {}
         self.ids = [1, -200, *range(2, TEXT_ROWS + 1)]
 
-    def timed(self, candidates: dict[str, Callable[[], Any]], rounds: int | None = None, warmup: int = 1) -> dict[str, Timing]:
+    def timed(
+        self, candidates: dict[str, Callable[[], Any]], rounds: int | None = None, warmup: int = 1
+    ) -> dict[str, Timing]:
         return interleave(candidates, rounds or self.rounds, warmup, tick=self.bar.update)
 
     def row(self, name: str, ours: Timing, theirs: Timing | None, operations: int, bound: float | None = None) -> None:
@@ -100,9 +103,13 @@ class Bench:
         theirs = self.published.embed(self.ids, media.pixels.to(self.dtype))
         error = ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
         if not error < CHECK_TOLERANCE[self.dtype]:
-            raise SystemExit(f"red: fused rows differ from the published structure's by {error:.1e} (relative); no number is reported.")
+            raise SystemExit(
+                f"red: fused rows differ from the published structure's by {error:.1e} (relative); no number is reported."
+            )
 
-    def cold(self, name: str, front: FusionFrontEnd, media: Views, *, rounds: int, warmup: int, fewer: int = 0) -> Timing:
+    def cold(
+        self, name: str, front: FusionFrontEnd, media: Views, *, rounds: int, warmup: int, fewer: int = 0
+    ) -> Timing:
         """One prompt about media that no cache holds. `fewer`: frames that the baseline is timed on, scaled up."""
         published, count = self.published, fewer or media.num_frames
         front.configure(CacheSizes(0, 0))
@@ -149,7 +156,10 @@ class Bench:
         text = flops.front_flops(front.config, 1, TEXT_ROWS)["text part"]
         self.row("second question", times["one"], baseline, text, None)
         self.ratios["second_question"] = self.rows[-1]["ratio"]
-        for name, key, count in (("8 second questions in a batch", "eight", 8), ("turns 2 and 3 (120 and 180 rows)", "turns", 2)):
+        for name, key, count in (
+            ("8 second questions in a batch", "eight", 8),
+            ("turns 2 and 3 (120 and 180 rows)", "turns", 2),
+        ):
             scaled = Timing(tuple(s * count for s in baseline.seconds))
             self.row(name, times[key], scaled, text * (8 if count == 8 else 5))
 
@@ -277,7 +287,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="PATH", help="store the result here")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="one dtype only (default: both)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each measurement (default: %(default)s)")
-    parser.add_argument("--small", action="store_true", help="tiny widths, to try the benchmark; its ratios mean nothing")
+    parser.add_argument(
+        "--small", action="store_true", help="tiny widths, to try the benchmark; its ratios mean nothing"
+    )
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")

@@ -3,6 +3,7 @@
 It shares its weights with a `FusionFrontEnd` (views of the packed ones), so both compute the same numbers from the same
 memory. Written from REFERENCE's description; nothing is skipped that the published code computes and nothing is added.
 """
+
 from __future__ import annotations
 
 import math

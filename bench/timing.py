@@ -1,4 +1,5 @@
 """Side-by-side timing: candidates take turns in one process, and medians are compared, never bare times."""
+
 from __future__ import annotations
 
 import platform

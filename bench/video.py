@@ -2,6 +2,7 @@
 
 Synthetic frames stream through a small seeded checkpoint. What grows with the clip is its fused rows alone.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -14,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from llava_mini_fast.bench.timing import machine, peak_memory
 from tqdm import tqdm
 
 import llava_mini_fast as lmf
-from llava_mini_fast.bench.timing import machine, peak_memory
 from llava_mini_fast.image_cache import CacheSizes
 from llava_mini_fast.testing.checkpoints import cached
 
@@ -58,7 +59,8 @@ def measure(count: int, progress: bool = False) -> dict[str, Any]:
         "peak_growth_bytes": peak_memory() - before,
         "fused_bytes": rows.numel() * rows.element_size(),
         "rows": rows.shape[0],
-        "order_kept": bool((vision[0] - first).abs().max() < 1e-4) and bool((vision[0] - vision[-1]).abs().max() > 1e-3),
+        "order_kept": bool((vision[0] - first).abs().max() < 1e-4)
+        and bool((vision[0] - vision[-1]).abs().max() > 1e-3),
         "finite": bool(torch.isfinite(rows).all()),
     }
 

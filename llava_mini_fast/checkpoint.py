@@ -1,4 +1,5 @@
 """Where a checkpoint's files are, and its tensors by their published names. Nothing here runs code from a checkpoint."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -75,7 +76,9 @@ class Tensors:
             weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
             for name, file in weight_map.items():
                 if name not in self._files:
-                    raise ValueError(f"{index.name} places tensor {name} in {file}, and {self.directory} does not have it there.")
+                    raise ValueError(
+                        f"{index.name} places tensor {name} in {file}, and {self.directory} does not have it there."
+                    )
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -134,7 +137,9 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise ValueError(f"{file} can't be read as plain weights (torch.load with weights_only=True): {error}") from None
+        raise ValueError(
+            f"{file} can't be read as plain weights (torch.load with weights_only=True): {error}"
+        ) from None
 
 
 class VisionTowerSource:

@@ -1,4 +1,5 @@
 """What a published `config.json` says, checked, under the names that the rest of the package uses."""
+
 from __future__ import annotations
 
 import json
@@ -122,7 +123,9 @@ class LlavaMiniConfig:
         directory = Path(directory)
         path = directory / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{directory} has no config.json; a checkpoint directory holds config.json and *.safetensors.")
+            raise FileNotFoundError(
+                f"{directory} has no config.json; a checkpoint directory holds config.json and *.safetensors."
+            )
         generation = directory / "generation_config.json"
         return cls.from_dict(_read_json(path), _read_json(generation) if generation.is_file() else None)
 

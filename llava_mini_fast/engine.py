@@ -1,4 +1,5 @@
 """The standalone engine: the fusion front end plus transformers' Llama, one process, no vLLM."""
+
 from __future__ import annotations
 
 import os
@@ -110,7 +111,9 @@ class LlavaMini:
         try:
             return AutoTokenizer.from_pretrained(self.directory)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{self.directory} has no usable tokenizer, which questions in words need: {error}") from None
+            raise ValueError(
+                f"{self.directory} has no usable tokenizer, which questions in words need: {error}"
+            ) from None
 
     def embed(self, prompt_ids: Sequence[int], media: Media | None = None, *, progress: bool = False) -> Tensor:
         """Fused rows after the splice, as published: (rows, H), cut (with a warning) at `tokenizer_model_max_length`.
@@ -127,7 +130,8 @@ class LlavaMini:
         limit = self.config.max_rows
         if media is not None and limit is not None and rows.shape[0] > limit:
             warnings.warn(
-                f"the prompt's {rows.shape[0]} rows are cut at tokenizer_model_max_length = {limit}, as published.", stacklevel=2
+                f"the prompt's {rows.shape[0]} rows are cut at tokenizer_model_max_length = {limit}, as published.",
+                stacklevel=2,
             )
             rows = rows[:limit]
         return rows
@@ -171,7 +175,9 @@ class LlavaMini:
             ValueError: unusable media, a placeholder in the text, a bad parameter, or more rows than the context holds.
         """
         if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-            raise ValueError("max_new_tokens must be at least 1, temperature at least 0, and top_p above 0 and at most 1.")
+            raise ValueError(
+                "max_new_tokens must be at least 1, temperature at least 0, and top_p above 0 and at most 1."
+            )
         ids = self.prompt_ids(prompts.conversation(question, history, media is not None), style)
         rows = self._fuse(ids, media, progress)
         limit = min(self.config.max_rows or self.config.max_position_embeddings, self.config.max_position_embeddings)
@@ -193,9 +199,7 @@ class LlavaMini:
     def _generate(self, rows: Tensor, max_new_tokens: int, **options: Any) -> list[int]:
         options = {"do_sample": False, "temperature": None, "top_p": None} | options
         mask = torch.ones(1, rows.shape[0], dtype=torch.long, device=rows.device)
-        out = self.llm.generate(
-            inputs_embeds=rows[None], attention_mask=mask, max_new_tokens=max_new_tokens, **options
-        )
+        out = self.llm.generate(inputs_embeds=rows[None], attention_mask=mask, max_new_tokens=max_new_tokens, **options)
         return out[0].tolist()
 
     def _stream(self, rows: Tensor, max_new_tokens: int, sampling: dict[str, Any]) -> Iterator[str]:

@@ -1,4 +1,5 @@
 """FusionFrontEnd: prompts and media in, fused rows out; everything before the language model, as one object."""
+
 from __future__ import annotations
 
 import logging
@@ -96,7 +97,9 @@ class FusionFrontEnd(nn.Module):
         if not name.startswith(FRONT_PREFIXES):
             return False
         if self.packed:
-            raise RuntimeError("the front end's weights are packed for this CPU and can't be loaded again; load the model anew.")
+            raise RuntimeError(
+                "the front end's weights are packed for this CPU and can't be loaded again; load the model anew."
+            )
         name = canonical_name(name)
         target = self._targets.get(name)
         if target is None:

@@ -1,4 +1,5 @@
 """The image cache: what pre-fusion leaves behind for a frame, kept by content, on the device and then in host memory."""
+
 from __future__ import annotations
 
 import os

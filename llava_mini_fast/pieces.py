@@ -1,4 +1,5 @@
 """An answer's text as its tokens come."""
+
 from __future__ import annotations
 
 import queue

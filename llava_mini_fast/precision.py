@@ -1,4 +1,5 @@
 """Which dtype to compute in, and int8 weights through torchao."""
+
 from __future__ import annotations
 
 import torch

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import llava_mini_fast as lmf
-from llava_mini_fast.testing.checkpoints import cached
 from llava_mini_fast.testing.cases import load_cases
+from llava_mini_fast.testing.checkpoints import cached
 
 GOLDENS = Path(__file__).parent / "goldens"
 

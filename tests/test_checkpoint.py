@@ -66,7 +66,13 @@ def test_bin_files_run_no_code(copy):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.compressor.query", "model.prefusion_layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"]
+    "name",
+    [
+        "model.compressor.query",
+        "model.prefusion_layers.1.mlp.up_proj.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        "lm_head.weight",
+    ],
 )
 def test_a_missing_tensor_is_named(copy, name):
     rewrite(copy, lambda weights: weights.pop(name))

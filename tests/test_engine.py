@@ -126,7 +126,9 @@ def test_a_failing_stream_raises_in_the_reader(model, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(("case", "name"), [("image", "llama31"), ("video", "llama31"), ("image_c2", "llama31_c2"), ("vicuna", "vicuna")])
+@pytest.mark.parametrize(
+    ("case", "name"), [("image", "llama31"), ("video", "llama31"), ("image_c2", "llama31_c2"), ("vicuna", "vicuna")]
+)
 def test_low_precision_obeys_the_law(model, checkpoint, golden, case, name, dtype):
     """At most twice the error that the published structure itself has in plain torch at this dtype."""
     row, low = golden(case), getattr(torch, dtype)

@@ -52,7 +52,9 @@ def test_neither_chunks_nor_the_cache_change_results(front, sizes, chunk):
 def count_views(front, monkeypatch):
     seen = []
     forward = front.vision_tower.forward
-    monkeypatch.setattr(front.vision_tower, "forward", lambda pixels: (seen.append(pixels.shape[0]), forward(pixels))[1])
+    monkeypatch.setattr(
+        front.vision_tower, "forward", lambda pixels: (seen.append(pixels.shape[0]), forward(pixels))[1]
+    )
     return seen
 
 

@@ -6,7 +6,9 @@ import torch
 from llava_mini_fast.pieces import Pieces
 
 
-@pytest.mark.parametrize("text", ["What is this?", "nospacesinthisone", "naïve 猫 🙂 end", " leading", "<|eot_id|>after"])
+@pytest.mark.parametrize(
+    "text", ["What is this?", "nospacesinthisone", "naïve 猫 🙂 end", " leading", "<|eot_id|>after"]
+)
 def test_the_pieces_are_the_text(model, text):
     tokenizer = model("llama31").tokenizer
     ids = tokenizer.encode(text, add_special_tokens=False)

@@ -1,4 +1,5 @@
 """The compression module: Q constant queries pool a frame's CLIP features (published: `Resampler`; paper section 4.1)."""
+
 from __future__ import annotations
 
 import math
@@ -40,7 +41,9 @@ class Compressor(nn.Module):
             d, h = self.width, COMPRESSOR_HEADS
             wq, wk, _ = self.attn.in_proj_weight.double().chunk(3)
             bq, _, _ = self.attn.in_proj_bias.double().chunk(3)  # the key bias shifts a whole softmax row: it cancels
-            ln_q = F.layer_norm(self.query.double(), (d,), self.ln_q.weight.double(), self.ln_q.bias.double(), COMPRESSOR_LN_EPS)
+            ln_q = F.layer_norm(
+                self.query.double(), (d,), self.ln_q.weight.double(), self.ln_q.bias.double(), COMPRESSOR_LN_EPS
+            )
             q = F.linear(ln_q + self.pos_embed.double(), wq, bq).view(-1, h, d // h) / math.sqrt(d // h)
             keys = torch.einsum("qhe,hed->qhd", q, wk.view(h, d // h, d)).reshape(-1, d)
             positions = resized_positions(self.pos_embed, math.isqrt(num_patches)).double()

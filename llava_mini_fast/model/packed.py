@@ -1,4 +1,5 @@
 """Linear layers with weights packed once for oneDNN: on a CPU twice as fast as plain ones over a question's few rows."""
+
 from __future__ import annotations
 
 import torch

@@ -3,6 +3,7 @@
 Rows are causal in this order, so patch and compressed rows never see the text: the *image part* runs once a frame and
 leaves K and V (the image state) behind; the *text part* runs once a (frame, prompt) pair over that state.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence

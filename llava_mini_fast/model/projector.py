@@ -1,4 +1,5 @@
 """From CLIP's width to the language model's (published: `mm_projector`, `mlp2x_gelu`)."""
+
 from torch import nn
 
 

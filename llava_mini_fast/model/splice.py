@@ -1,4 +1,5 @@
 """Put the vision rows where the placeholder stands (published: `prepare_inputs_labels_for_multimodal`)."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

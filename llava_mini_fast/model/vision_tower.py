@@ -1,4 +1,5 @@
 """CLIP's vision transformer, cut after the layer whose output is used (published: `CLIPVisionTower`)."""
+
 from __future__ import annotations
 
 from torch import Tensor, nn

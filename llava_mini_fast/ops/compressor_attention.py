@@ -1,4 +1,5 @@
 """compressor_attention: LayerNorm, folded scores, softmax and weighted sum in one op."""
+
 from __future__ import annotations
 
 import torch
@@ -30,7 +31,9 @@ def compressor_attention(
             f"compressor_attention takes features (F, N, D) and weight (M, D); got {tuple(features.shape)} and {tuple(weight.shape)}."
         )
     if bias.shape != (weight.shape[0], features.shape[1]):
-        raise ValueError(f"compressor_attention: bias must be (M, N) = {(weight.shape[0], features.shape[1])}; got {tuple(bias.shape)}.")
+        raise ValueError(
+            f"compressor_attention: bias must be (M, N) = {(weight.shape[0], features.shape[1])}; got {tuple(bias.shape)}."
+        )
     if weight.dtype != torch.float32 or bias.dtype != torch.float32:
         raise ValueError(f"compressor_attention: weight and bias must be float32; got {weight.dtype} and {bias.dtype}.")
     rows = F.layer_norm(features.float(), features.shape[-1:], eps=eps)

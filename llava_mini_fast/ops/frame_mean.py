@@ -1,4 +1,5 @@
 """frame_mean: the mean over frames of fused text rows, summed in float32 while frames stream by."""
+
 from __future__ import annotations
 
 import torch

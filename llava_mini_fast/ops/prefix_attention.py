@@ -1,4 +1,5 @@
 """prefix_attention: text rows over their frame's image state; causal_attention: the image part itself."""
+
 from __future__ import annotations
 
 from itertools import groupby
@@ -59,7 +60,9 @@ def prefix_attention(
             f"got {tuple(prefix_k.shape)} and {tuple(prefix_v.shape)}."
         )
     if frames and not 0 <= min(frames) <= max(frames) < prefix_k.shape[0]:
-        raise ValueError(f"prefix_attention: frames must lie in 0..{prefix_k.shape[0] - 1}; got {min(frames)}..{max(frames)}.")
+        raise ValueError(
+            f"prefix_attention: frames must lie in 0..{prefix_k.shape[0] - 1}; got {min(frames)}..{max(frames)}."
+        )
     out, start, prefix = torch.empty_like(q), 0, prefix_k.shape[1]
     # segments of one length (the frames of one video, mostly) go through SDPA as one batch
     for length, group in groupby(zip(lengths, frames), key=lambda pair: pair[0]):

@@ -1,4 +1,5 @@
 """rms_norm: Llama's RMSNorm, with the residual add before it."""
+
 from __future__ import annotations
 
 import torch
@@ -23,7 +24,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         )
     if residual is not None:
         if residual.shape != x.shape or residual.dtype != x.dtype:
-            raise ValueError(f"rms_norm: residual must be like x, {tuple(x.shape)} {x.dtype}; got {tuple(residual.shape)} {residual.dtype}.")
+            raise ValueError(
+                f"rms_norm: residual must be like x, {tuple(x.shape)} {x.dtype}; got {tuple(residual.shape)} {residual.dtype}."
+            )
         x = x + residual
     wide = x.float()
     normed = weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

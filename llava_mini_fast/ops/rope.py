@@ -1,4 +1,5 @@
 """rope: split packed q, k, v and rotate q and k (Llama's half-split rotary embedding, scaling included)."""
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """swiglu: the gate of Llama's MLP."""
+
 from __future__ import annotations
 
 import torch.nn.functional as F

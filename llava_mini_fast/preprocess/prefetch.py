@@ -1,4 +1,5 @@
 """Run an iterator ahead of its reader, in a thread, a bounded number of items ahead."""
+
 from __future__ import annotations
 
 import queue

@@ -1,4 +1,5 @@
 """Prompts: the two published templates, the placeholder, and ids (published: `conversation.py`, `tokenizer_image_token`)."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -59,10 +60,10 @@ def conversation(question: str, history: Sequence[tuple[str, str]] = (), media: 
     """
     texts = [text for pair in history for text in pair] + [question]
     if any(PLACEHOLDER in text for text in texts):
-        raise ValueError(f"a question or answer contains {PLACEHOLDER}; leave it out, the media's place is added for you.")
-    messages = [
-        {"role": "assistant" if index % 2 else "user", "content": text} for index, text in enumerate(texts)
-    ]
+        raise ValueError(
+            f"a question or answer contains {PLACEHOLDER}; leave it out, the media's place is added for you."
+        )
+    messages = [{"role": "assistant" if index % 2 else "user", "content": text} for index, text in enumerate(texts)]
     if media:
         messages[0]["content"] = f"{PLACEHOLDER}\n{messages[0]['content']}"
     return messages

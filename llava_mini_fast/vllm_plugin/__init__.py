@@ -2,6 +2,7 @@
 
 vLLM is imported inside `register()` and in the modules that vLLM itself loads, never here.
 """
+
 from __future__ import annotations
 
 import sys
@@ -79,7 +80,9 @@ def register() -> None:
     register_config()
     compat.register_video_loader("llava_mini", "llava_mini_fast.vllm_plugin.video")
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, "llava_mini_fast.vllm_plugin.model:LlavaMiniForConditionalGeneration")
+        ModelRegistry.register_model(
+            ARCHITECTURE, "llava_mini_fast.vllm_plugin.model:LlavaMiniForConditionalGeneration"
+        )
 
 
 def shadowed_triton_kernels() -> str | None:
@@ -89,7 +92,11 @@ def shadowed_triton_kernels() -> str | None:
         if (folder / "__init__.py").is_file():
             ours = (folder.parent / "llava_mini_fast").is_dir()
             return (
-                f"{folder.parent.resolve()} is on sys.path, so vLLM would import this project's triton_kernels as OpenAI's; "
-                "run from another directory or set PYTHONSAFEPATH=1."
-            ) if ours else None
+                (
+                    f"{folder.parent.resolve()} is on sys.path, so vLLM would import this project's triton_kernels as OpenAI's; "
+                    "run from another directory or set PYTHONSAFEPATH=1."
+                )
+                if ours
+                else None
+            )
     return None

@@ -1,4 +1,5 @@
 """The one file that touches vLLM's private names. What each stands for is said here; DESIGN names this room."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,15 @@ from vllm.multimodal.parse import ProcessorBatchItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
-__all__ = ["ProcessorBatchItems", "ProcessorInputs", "VideoLoader", "items", "logger", "multimodal_input", "register_video_loader"]
+__all__ = [
+    "ProcessorBatchItems",
+    "ProcessorInputs",
+    "VideoLoader",
+    "items",
+    "logger",
+    "multimodal_input",
+    "register_video_loader",
+]
 
 # outside vLLM's own namespace, vLLM configures no log handler
 logger = init_logger("vllm.llava_mini_fast")
@@ -25,7 +34,9 @@ def register_video_loader(name: str, module: str) -> None:
 
     from llava_mini_fast.config import MODEL_TYPE
 
-    processor = "LlavaMiniVideoProcessor"  # a name only: vLLM picks loaders by the name of a transformers video processor
+    processor = (
+        "LlavaMiniVideoProcessor"  # a name only: vLLM picks loaders by the name of a transformers video processor
+    )
     VIDEO_PROCESSOR_MAPPING_NAMES[MODEL_TYPE] = processor
     VIDEO_LOADER_REGISTRY.register(name, video_processor=processor)(import_module(module).Loader)
 

@@ -1,4 +1,5 @@
 """The image cache's counters as Prometheus metrics of the worker's process."""
+
 from __future__ import annotations
 
 import weakref

@@ -1,4 +1,5 @@
 """The model that vLLM runs: the fusion front end before vLLM's own, unmodified Llama."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,5 @@
 """From a prompt and a medium to vLLM's multimodal items: split, preprocess, hash. Nothing of the model runs here."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -127,7 +128,9 @@ class DummyInputs(BaseDummyInputsBuilder[Info]):
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
         frames = max(1, min(DUMMY_FRAMES, self.info.most_rows(seq_len) // self.info.config.num_compressed))
         if mm_counts.get("video"):
-            return {"video": self._get_dummy_videos(width=IMAGE_SIZE, height=IMAGE_SIZE, num_frames=frames, num_videos=1)}
+            return {
+                "video": self._get_dummy_videos(width=IMAGE_SIZE, height=IMAGE_SIZE, num_frames=frames, num_videos=1)
+            }
         if mm_counts.get("image"):
             return {"image": self._get_dummy_images(width=IMAGE_SIZE, height=IMAGE_SIZE, num_images=1)}
         return {}
@@ -209,10 +212,14 @@ class Processor(BaseMultiModalProcessor[Info]):
         segment_ids = [ids_of_segment(ids, stop, num_vision) for _, stop in cuts]
         pixels = prepared.pixels
         hashes = [
-            segment_hash(self.info.model_id, modality, f"{pixels.dtype} {tuple(pixels.shape)}", prepared.digests, start, own)
+            segment_hash(
+                self.info.model_id, modality, f"{pixels.dtype} {tuple(pixels.shape)}", prepared.digests, start, own
+            )
             for (start, _), own in zip(cuts, segment_ids)
         ]
-        digests = torch.frombuffer(bytearray(b"".join(prepared.digests)), dtype=torch.uint8).view(prepared.num_frames, -1)
+        digests = torch.frombuffer(bytearray(b"".join(prepared.digests)), dtype=torch.uint8).view(
+            prepared.num_frames, -1
+        )
         items = compat.items(
             modality,
             {

@@ -4,6 +4,7 @@ The whole prompt is the multimodal item, because its text rows depend on the med
 after the vision rows and after every turn: pre-fusion is causal, so a segment depends on the media and the ids up to its
 own end, and another question about the same media shares the first segment's cache entries.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -37,7 +38,9 @@ def expand(prompt_ids: Sequence[int], placeholder: int, num_vision: int, stand_i
     return [*prompt_ids[:placeholder], *[stand_in] * num_vision, *prompt_ids[placeholder + 1 :]]
 
 
-def spans(prompt_ids: Sequence[int], placeholder: int, num_vision: int, turn_ends: Collection[int]) -> list[tuple[int, int]]:
+def spans(
+    prompt_ids: Sequence[int], placeholder: int, num_vision: int, turn_ends: Collection[int]
+) -> list[tuple[int, int]]:
     """Row ranges [start, stop) of the segments, which cover every row.
 
     The first holds the text before the media and the vision rows; each next one ends after an id of `turn_ends`.

@@ -1,4 +1,5 @@
 """vLLM's video loader for this model: the published frame rule, on PyAV, whatever the container."""
+
 from __future__ import annotations
 
 from typing import Any
