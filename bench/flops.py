@@ -57,7 +57,7 @@ def image_part_gemms(config: LlavaMiniConfig, frames: int) -> list[Gemm]:
     h, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
     rows = frames * (config.num_patch_rows + config.num_compressed)
     whole = layer_gemms(config, rows, config.prefusion_layer_num - 1)
-    return whole + [Gemm(rows, h, 2 * kv)] + layer_gemms(config, frames * config.num_compressed)
+    return [*whole, Gemm(rows, h, 2 * kv), *layer_gemms(config, frames * config.num_compressed)]
 
 
 def attention_flops(queries: int, keys: int, heads: int, head_dim: int) -> int:
