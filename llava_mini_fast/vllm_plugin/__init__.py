@@ -89,14 +89,12 @@ def shadowed_triton_kernels() -> str | None:
     """A sentence if `import triton_kernels` would find this project's folder instead of OpenAI's package, else None."""
     for entry in sys.path:
         folder = Path(entry or ".") / "triton_kernels"
-        if (folder / "__init__.py").is_file():
-            ours = (folder.parent / "llava_mini_fast").is_dir()
-            return (
-                (
-                    f"{folder.parent.resolve()} is on sys.path, so vLLM would import this project's triton_kernels as OpenAI's; "
-                    "run from another directory or set PYTHONSAFEPATH=1."
-                )
-                if ours
-                else None
-            )
+        if not (folder / "__init__.py").is_file():
+            continue
+        if not (folder.parent / "llava_mini_fast").is_dir():
+            return None
+        return (
+            f"{folder.parent.resolve()} is on sys.path, so vLLM would import this project's triton_kernels as OpenAI's; "
+            "run from another directory or set PYTHONSAFEPATH=1."
+        )
     return None
