@@ -22,6 +22,8 @@ import llava_mini_fast as lmf
 from llava_mini_fast.image_cache import CacheSizes
 from llava_mini_fast.testing.checkpoints import cached
 
+FRAMES_PER_CHUNK = 16
+"""Few, so that even a short clip takes several chunks and what grows with the clip stands out."""
 IDS = [5, 17, 9, -200, 301, 44, 8]
 
 
@@ -45,7 +47,7 @@ class Frames:
 def measure(count: int, progress: bool = False) -> dict[str, Any]:
     """Fuse a clip of `count` frames; peak memory is this process's, so a fresh process gives a clean number."""
     model = lmf.load(cached("llama31"))
-    model.front.configure(CacheSizes(0, 0))
+    model.front.configure(CacheSizes(0, 0), FRAMES_PER_CHUNK)
     clip = lmf.Media("video", Frames(count))
     before, start = peak_memory(), time.perf_counter()
     with tqdm(total=count, unit=" frames", file=sys.stderr, disable=not progress, mininterval=1) as bar:

@@ -259,12 +259,15 @@ def canonical_name(name: str) -> str:
 
 
 def frames_that_fit(config: LlavaMiniConfig, itemsize: int) -> int:
-    """Frames whose activations fit `CHUNK_BYTES`: the widest moment of a pre-fusion layer (residual, normed, q, k, v; gate,
-    up and their product) over the frame's rows. At least 1, and at most `MAX_CHUNK_VIEWS` views."""
+    """Frames whose activations fit `CHUNK_BYTES`, by the widest moments of a frame's rows: in a pre-fusion layer (residual,
+    normed, q, k, v; gate, up and their product) and in a layer of the vision tower. At least 1, and at most
+    `MAX_CHUNK_VIEWS` views."""
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     width = 3 * config.hidden_size + heads + 3 * config.intermediate_size
-    per_frame = (config.num_patch_rows + config.num_compressed) * width * itemsize
-    return max(1, min(CHUNK_BYTES // per_frame, MAX_CHUNK_VIEWS // config.views_per_frame))
+    prefusion = (config.num_patch_rows + config.num_compressed) * width
+    tower = config.num_patch_rows * (5 * config.mm_hidden_size + 2 * config.vision["intermediate_size"])
+    frames = CHUNK_BYTES // (max(prefusion, tower) * itemsize)
+    return max(1, min(frames, MAX_CHUNK_VIEWS // config.views_per_frame))
 
 
 @dataclass(eq=False)

@@ -1,11 +1,13 @@
 """The front end as a batch engine: how requests and frames are grouped never changes what comes out."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import llava_mini_fast as lmf
 from llava_mini_fast.checkpoint import front_end_weights
-from llava_mini_fast.fusion import FusionFrontEnd
+from llava_mini_fast.fusion import FusionFrontEnd, frames_that_fit
 from llava_mini_fast.image_cache import CacheSizes
 from llava_mini_fast.testing.numerics import law_bound
 
@@ -158,3 +160,11 @@ def test_low_precision_batches_obey_the_law(model):
     for request, rows, reference in zip(requests, low.fuse(requests), exact):
         (alone,) = low.fuse([request])
         assert (rows.float() - reference).abs().max().item() <= law_bound(reference, alone)
+
+
+def test_chunks_are_sized_by_memory(model):
+    small = model("llama31").config
+    assert frames_that_fit(small, 4) == 64  # as many as are ever taken
+    large = dataclasses.replace(small, hidden_size=4096, intermediate_size=14336, head_dim=128, num_attention_heads=32)
+    assert 1 <= frames_that_fit(large, 4) < frames_that_fit(large, 2) < 64
+    assert frames_that_fit(dataclasses.replace(large, resolution_ratio=2, compressor_size=8), 4) == 1

@@ -20,7 +20,11 @@ def test_there_are_examples():
 def test_examples_run_as_printed(example, checkpoint, tmp_path):
     script = tmp_path / "example.py"
     script.write_text(example.replace("path/or/hub-name", str(checkpoint("llama31"))))
-    environment = os.environ | {"PYTHONSAFEPATH": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment = os.environ | {
+        "PYTHONSAFEPATH": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
     done = subprocess.run(
         [sys.executable, str(script)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
