@@ -245,7 +245,9 @@ def _refuse_picture(file: BinaryIO) -> None:
     try:
         picture = open_header(file, _PICTURES)
         animated = getattr(picture, "is_animated", False)
-    except Exception:
+    except (
+        Exception
+    ):  # Pillow raises what it likes on hostile headers; the container's own reader then says what is wrong
         return
     if not animated:
         raise MediaError(f"The file is a picture ({picture.format}), not a video; give it as an image.")
