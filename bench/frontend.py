@@ -21,6 +21,7 @@ from tqdm import tqdm
 from llava_mini_fast.config import CLIP_L_336, MODEL_TYPE, LlavaMiniConfig
 from llava_mini_fast.fusion import FusionFrontEnd
 from llava_mini_fast.image_cache import CacheSizes
+from llava_mini_fast.ops.segments import Segments
 from llava_mini_fast.precision import quantize
 from llava_mini_fast.preprocess.views import Views
 
@@ -180,7 +181,7 @@ class Bench:
                     "gemm ceiling": ceiling.run,
                     "compressor": lambda: front.compressor(features),
                     "projector": lambda: front.mm_projector(features),
-                    "text part": lambda: fusion.text_part(text, [TEXT_ROWS], [0], state),
+                    "text part": lambda: fusion.text_part(text, Segments.of([TEXT_ROWS], [0], "cpu"), state),
                 }
             )
         operations = flops.front_flops(config, 1, TEXT_ROWS)

@@ -198,9 +198,15 @@ def _kernels(torch_engine: Finding) -> Iterator[Finding]:
     if torch_engine.state == "bad":
         yield Finding("torch", "does not work", "bad", torch_engine.note)
         return
-    from llava_mini_fast.engine import BACKENDS
+    import torch
+
+    from llava_mini_fast.ops.backend import unavailable
 
     yield Finding("torch", "works")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("triton", "cuda"):
-        if name not in BACKENDS:
-            yield Finding(name, "not yet", note=f"this version ships no {name} kernels; torch is used instead")
+        reason = unavailable(name, device)
+        if reason is None:
+            yield Finding(name, "works")
+        else:
+            yield Finding(name, "not used", note=f"{reason}; torch's kernels are used instead")

@@ -18,11 +18,10 @@ from llava_mini_fast import checkpoint
 from llava_mini_fast.config import LlavaMiniConfig
 from llava_mini_fast.fusion import FusionFrontEnd
 from llava_mini_fast.media import Media
+from llava_mini_fast.ops.backend import resolve
 from llava_mini_fast.pieces import Pieces
 from llava_mini_fast.precision import choose_dtype, quantize
 from llava_mini_fast.preprocess import prompt as prompts
-
-BACKENDS = ("auto", "torch")
 
 
 def load(
@@ -39,7 +38,7 @@ def load(
         path: a checkpoint directory or a hub name.
         device: a torch device, such as "cpu" or "cuda".
         dtype: "float32", "float16", "bfloat16" (a torch.dtype is taken too), or "auto" for what the device does fast.
-        backend: which kernels run the front end's ops: "auto" or "torch".
+        backend: which kernels run the front end's ops: "auto", "torch", "triton" or "cuda" (ops/backend.py).
         quantization: "int8" for int8 weights in every linear layer but the last (torchao), or None.
 
     Raises:
@@ -48,10 +47,9 @@ def load(
     """
     torch_device = torch.device(device)
     chosen, _ = choose_dtype(dtype, torch_device)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
+    resolve(backend, torch_device)  # before minutes of loading
     directory = checkpoint.resolve(path)
-    model = LlavaMini(directory, checkpoint.read_config(directory), torch_device, chosen)
+    model = LlavaMini(directory, checkpoint.read_config(directory), torch_device, chosen, backend)
     if quantization is not None:
         front = model.front
         quantize([front.vision_tower, front.mm_projector, front.prefusion_layers, model.llm.model.layers], quantization)
@@ -63,7 +61,9 @@ def load(
 class LlavaMini:
     """A loaded model. `front` is the fusion front end, `llm` transformers' `LlamaForCausalLM`."""
 
-    def __init__(self, directory: Path, config: LlavaMiniConfig, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, directory: Path, config: LlavaMiniConfig, device: torch.device, dtype: torch.dtype, backend: str = "auto"
+    ):
         from transformers import LlamaForCausalLM
 
         self.directory, self.config = directory, config
@@ -77,7 +77,8 @@ class LlavaMini:
         torch.set_default_dtype(dtype)
         try:
             with device:
-                self.front = FusionFrontEnd(config, self.llm.get_input_embeddings()).requires_grad_(False).eval()
+                self.front = FusionFrontEnd(config, self.llm.get_input_embeddings(), backend)
+                self.front.requires_grad_(False).eval()
         finally:
             torch.set_default_dtype(before)
         self.front.load_weights(checkpoint.front_end_weights(directory, config))

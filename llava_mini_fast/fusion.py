@@ -20,7 +20,9 @@ from llava_mini_fast.model.prefusion import PreFusion
 from llava_mini_fast.model.projector import projector
 from llava_mini_fast.model.splice import check_vocabulary, placeholder_index, splice
 from llava_mini_fast.model.vision_tower import VisionTower, grid_of_tiles
+from llava_mini_fast.ops.backend import resolve
 from llava_mini_fast.ops.frame_mean import add_frames
+from llava_mini_fast.ops.segments import Segments
 from llava_mini_fast.preprocess.prefetch import prefetch
 from llava_mini_fast.preprocess.views import Views, normalize, stream
 
@@ -42,22 +44,26 @@ class FusionFrontEnd(nn.Module):
     Args:
         config: the checkpoint's configuration.
         embed_text: ids (L,) int64, all >= 0 -> embeddings (L, H); the language model's own table (sharded in vLLM).
+        backend: which kernels run the ops, by `ops.backend.resolve`; LLAVA_MINI_BACKEND overrules it.
+
+    Raises:
+        ValueError: a vision tower of another width than the config's, or a backend that can't run here.
     """
 
-    def __init__(self, config: LlavaMiniConfig, embed_text: Callable[[Tensor], Tensor]):
+    def __init__(self, config: LlavaMiniConfig, embed_text: Callable[[Tensor], Tensor], backend: str = "auto"):
         from transformers.initialization import no_init_weights
 
         super().__init__()
-        self.config = config
+        self.config, self.backend = config, resolve(backend, torch.get_default_device())
         # a module would become part of this one, and its weights are the language model's
         self.embed_text = embed_text.forward if isinstance(embed_text, nn.Module) else embed_text
         self._loaded: set[str] = set()
         self.packed = False
         with no_init_weights():  # every parameter is loaded, or filled by vLLM's dummy loader
             self.vision_tower = VisionTower(config.clip_config(), config.mm_vision_select_layer)
-            self.compressor = Compressor(config.compressor_size, config.mm_hidden_size)
+            self.compressor = Compressor(config.compressor_size, config.mm_hidden_size, self.backend)
             self.mm_projector = projector(config.mm_hidden_size, config.hidden_size)
-            self.prefusion_layers = PreFusion(config)
+            self.prefusion_layers = PreFusion(config, self.backend)
         if self.vision_tower.width != config.mm_hidden_size:
             raise ValueError(
                 f"the vision tower is {self.vision_tower.width} wide and the config's mm_hidden_size is {config.mm_hidden_size}."
@@ -225,14 +231,19 @@ class FusionFrontEnd(nn.Module):
         self.cache.settle(list(chunk), slots)
 
     def _text_part(self, segments: list[_Segment]) -> None:
+        by_job: dict[_Job, list[_Segment]] = {}
+        for segment in segments:
+            by_job.setdefault(segment.job, []).append(segment)
+        segments = [segment for group in by_job.values() for segment in group]
         texts = [segment.job.text[segment.job.kept] for segment in segments]
-        lengths = [len(text) for text in texts]
-        if not sum(lengths):
+        packed = Segments.of([len(text) for text in texts], [segment.slot for segment in segments], self.device)
+        if not packed.num_rows:
             return
-        slots = [segment.slot for segment in segments]
-        fused = self.prefusion_layers.text_part(torch.cat(texts), lengths, slots, self.cache.state)
-        for segment, rows in zip(segments, fused.split(lengths)):
-            add_frames(segment.job.total, rows.float() * segment.times, segment.job.kept)
+        fused = self.prefusion_layers.text_part(torch.cat(texts), packed, self.cache.state)
+        sizes = [len(job.kept) * len(group) for job, group in by_job.items()]
+        for (job, group), rows in zip(by_job.items(), fused.split(sizes)):
+            times = torch.tensor([float(segment.times) for segment in group]).to(self.device)
+            add_frames(job.total, rows, job.kept, times, backend=self.backend)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Everything before pre-fusion.

@@ -20,9 +20,9 @@ class Compressor(nn.Module):
     rounding). Parameters have the published names and shapes; the folded constants are float32 and made on first use.
     """
 
-    def __init__(self, size: int, width: int):
+    def __init__(self, size: int, width: int, backend: str = "torch"):
         super().__init__()
-        self.size, self.width = size, width
+        self.size, self.width, self.backend = size, width, backend
         self.query = nn.Parameter(torch.empty(size * size, width))
         self.pos_embed = nn.Parameter(torch.empty(size * size, width))
         self.attn = _AttentionWeights(width)
@@ -54,7 +54,8 @@ class Compressor(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """features (F, N, D), N = 576 or 2304 in spatial order -> (F, Q, D) in the features' dtype."""
         d, h = self.width, COMPRESSOR_HEADS
-        pooled = compressor_attention(features, *self.folded(features.shape[1]), eps=COMPRESSOR_LN_EPS)
+        constants = self.folded(features.shape[1])
+        pooled = compressor_attention(features, *constants, eps=COMPRESSOR_LN_EPS, backend=self.backend)
         pooled = pooled * self.ln_kv.weight.float() + self.ln_kv.bias.float()
         pooled = pooled.to(features.dtype).unflatten(1, (-1, h))  # (F, Q, h, D)
         wv, bv = self.attn.in_proj_weight[2 * d :], self.attn.in_proj_bias[2 * d :]
@@ -63,8 +64,9 @@ class Compressor(nn.Module):
 
     def attention_map(self, features: Tensor) -> Tensor:
         """Head-averaged weights (F, Q, N) that sum to 1 over N: what each compressed row looked at (paper's heat maps)."""
+        constants = self.folded(features.shape[1])
         _, weights = compressor_attention(
-            features, *self.folded(features.shape[1]), eps=COMPRESSOR_LN_EPS, return_weights=True
+            features, *constants, eps=COMPRESSOR_LN_EPS, return_weights=True, backend=self.backend
         )
         return weights.unflatten(1, (-1, COMPRESSOR_HEADS)).mean(2)
 

@@ -17,14 +17,16 @@ from llava_mini_fast.model.packed import PackedLinear, pack_linears
 from llava_mini_fast.ops.prefix_attention import causal_attention, prefix_attention
 from llava_mini_fast.ops.rms_norm import rms_norm
 from llava_mini_fast.ops.rope import rope, rotary_table
+from llava_mini_fast.ops.segments import Segments
 from llava_mini_fast.ops.swiglu import swiglu
 
 
 class PreFusionLayer(nn.Module):
     """One Llama decoder layer with q, k, v and gate, up packed; the attention between `qkv` and `finish` is the caller's."""
 
-    def __init__(self, config: LlavaMiniConfig):
+    def __init__(self, config: LlavaMiniConfig, backend: str = "torch"):
         super().__init__()
+        self.backend = backend
         h, i, d = config.hidden_size, config.intermediate_size, config.head_dim
         self.heads, self.kv_heads, self.head_dim, self.eps = (
             config.num_attention_heads, config.num_key_value_heads, d, config.rms_norm_eps,
@@ -56,14 +58,14 @@ class PreFusionLayer(nn.Module):
 
     def qkv(self, x: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (R, H) -> q (R, heads, d) and k (R, kv_heads, d) rotated, v (R, kv_heads, d)."""
-        packed = self.qkv_proj(rms_norm(x, self.input_layernorm, self.eps))
-        return rope(packed, positions, table, self.heads, self.kv_heads)
+        packed = self.qkv_proj(rms_norm(x, self.input_layernorm, self.eps, backend=self.backend))
+        return rope(packed, positions, table, self.heads, self.kv_heads, backend=self.backend)
 
     def key_value(self, x: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """K and V alone: what a row owes when nobody reads its output (patch rows in the last layer)."""
-        normed = rms_norm(x, self.input_layernorm, self.eps)
+        normed = rms_norm(x, self.input_layernorm, self.eps, backend=self.backend)
         packed = F.linear(normed, self._key_value_weight()) if self.kv_proj is None else self.kv_proj(normed)
-        _, k, v = rope(packed, positions, table, 0, self.kv_heads)
+        _, k, v = rope(packed, positions, table, 0, self.kv_heads, backend=self.backend)
         return k, v
 
     def _key_value_weight(self) -> Tensor:
@@ -78,16 +80,16 @@ class PreFusionLayer(nn.Module):
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Residual, output projection and MLP: x (R, H), attended (R, heads, d) -> (R, H)."""
         projected = self.o_proj(attended.flatten(1))
-        normed, x = rms_norm(projected, self.post_attention_layernorm, self.eps, residual=x)
-        return x + self.down_proj(swiglu(self.gate_up_proj(normed)))
+        normed, x = rms_norm(projected, self.post_attention_layernorm, self.eps, x, backend=self.backend)
+        return x + self.down_proj(swiglu(self.gate_up_proj(normed), backend=self.backend))
 
 
 class PreFusion(nn.ModuleList):
     """The pre-fusion layers, with the image part and the text part as two calls."""
 
-    def __init__(self, config: LlavaMiniConfig):
-        super().__init__(PreFusionLayer(config) for _ in range(config.prefusion_layer_num))
-        self.config = config
+    def __init__(self, config: LlavaMiniConfig, backend: str = "torch"):
+        super().__init__(PreFusionLayer(config, backend) for _ in range(config.prefusion_layer_num))
+        self.config, self.backend = config, backend
         self._table: Tensor | None = None
 
     def table(self, rows: int, device: torch.device) -> Tensor:
@@ -123,27 +125,27 @@ class PreFusion(nn.ModuleList):
                 q, _, _ = layer.qkv(x, positions[num_patches:].repeat(frames), table)
             k, v = k.unflatten(0, (frames, rows)), v.unflatten(0, (frames, rows))
             state[slots, index, 0], state[slots, index, 1] = k, v
-            attended = causal_attention(q.unflatten(0, (frames, -1)), k, v)
+            attended = causal_attention(q.unflatten(0, (frames, -1)), k, v, backend=self.backend)
             x = layer.finish(x, attended.flatten(0, 1))
         return x.view(frames, num_compressed, hidden)
 
-    def text_part(self, text: Tensor, lengths: list[int], frames: list[int], state: Tensor) -> Tensor:
+    def text_part(self, text: Tensor, segments: Segments, state: Tensor) -> Tensor:
         """Packed text rows of many segments, each over one frame's image state and causally over itself.
 
         Args:
             text: (R, H), the segments' rows one after another; masked rows (id <= 0) already left out.
-            lengths: rows of each segment (they sum to R; 0 is allowed).
-            frames: per segment, its frame's slot in `state`.
+            segments: their lengths sum to R; a segment's frame is its slot in `state`.
             state: (S, layers, 2, P + Q, kv_heads, d) as filled by `image_part`.
 
         Returns: (R, H).
         """
         prefix = state.shape[3]
-        table = self.table(prefix + max(lengths, default=0), text.device)
-        positions = torch.cat([torch.arange(prefix, prefix + n, device=text.device) for n in lengths])
+        table = self.table(prefix + segments.max_length, text.device)
+        positions = torch.cat([torch.arange(prefix, prefix + n) for n in segments.lengths]).to(text.device)
         x = text
         for index, layer in enumerate(self):
             q, k, v = layer.qkv(x, positions, table)
-            attended = prefix_attention(q, k, v, state[:, index, 0], state[:, index, 1], lengths, frames)
+            keys, values = state[:, index, 0], state[:, index, 1]
+            attended = prefix_attention(q, k, v, keys, values, segments, backend=self.backend)
             x = layer.finish(x, attended)
         return x

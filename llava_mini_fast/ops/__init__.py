@@ -1,1 +1,1 @@
-"""One file an op: public signature, host checks and the torch implementation; other backends plug in by `backend.py`."""
+"""One file an op: public signature, host checks and the torch implementation; `backend.py` picks other kernels."""

@@ -5,21 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llava_mini_fast.ops.backend import pick
 
-def add_frames(total: Tensor, rows: Tensor, target: Tensor) -> None:
-    """Add packed rows to running sums, in place: total[target[r]] += rows[r], in float32.
+
+def add_frames(total: Tensor, rows: Tensor, target: Tensor, times: Tensor, *, backend: str = "torch") -> None:
+    """Add one prompt's rows of many frames to its running sum, in place and in float32, frame by frame.
+
+    total[target[l]] += times[t] * rows[t * L + l] for t = 0, 1, ...
 
     Args:
         total: (N, H) float32, the sums so far; divide by the number of frames at the end.
-        rows: (R, H), any float dtype.
-        target: (R,) int64, the row of `total` that each row belongs to.
+        rows: (T * L, H), any float dtype: L rows of each of T frames.
+        target: (L,) int64, the row of `total` that each of the L rows belongs to; no two alike.
+        times: (T,) float32, how often each frame counts.
+        backend: as `backend.resolve` gives it.
 
     Raises:
-        ValueError: shapes don't fit or total is not float32.
+        ValueError: shapes don't fit, or total or times is not float32.
     """
-    if total.dtype != torch.float32 or rows.shape != (target.shape[0], total.shape[1]):
+    frames, length = times.shape[0], target.shape[0]
+    if {total.dtype, times.dtype} != {torch.float32} or rows.shape != (frames * length, total.shape[1]):
         raise ValueError(
-            f"add_frames takes total (N, H) float32, rows (R, H) and target (R,); got {tuple(total.shape)} {total.dtype}, "
-            f"{tuple(rows.shape)} and {tuple(target.shape)}."
+            f"add_frames takes total (N, H) and times (T,) float32, rows (T * L, H) and target (L,); got {tuple(total.shape)} "
+            f"{total.dtype}, {tuple(times.shape)} {times.dtype}, {tuple(rows.shape)} and {tuple(target.shape)}."
         )
-    total.index_add_(0, target, rows.float())
+    kernel = pick("add_frames", backend, rows, width=total.shape[1])
+    if kernel is not None:
+        return kernel(total, rows, target, times)
+    sums = total[target]
+    for frame, count in zip(rows.unflatten(0, (frames, length)), times):
+        sums += frame.float() * count
+    total[target] = sums

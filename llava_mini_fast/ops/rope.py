@@ -5,14 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llava_mini_fast.ops.backend import pick
 
-def rope(packed: Tensor, positions: Tensor, table: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+
+def rope(
+    packed: Tensor, positions: Tensor, table: Tensor, heads: int, kv_heads: int, *, backend: str = "torch"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Split and rotate.
 
     Args:
         packed: (R, (heads + 2 * kv_heads) * d): q, k, v side by side. heads may be 0 (k and v alone).
         positions: (R,) int64, each row's position.
         table: (P, d) float32, [cos | sin] halves, from `rotary_table`; P beyond every position.
+        backend: as `backend.resolve` gives it.
 
     Returns: q (R, heads, d), k (R, kv_heads, d), v (R, kv_heads, d), packed's dtype; the rotation is done in float32.
 
@@ -25,6 +30,9 @@ def rope(packed: Tensor, positions: Tensor, table: Tensor, heads: int, kv_heads:
             f"rope takes packed (R, {(heads + 2 * kv_heads) * d}) for {heads} + 2 x {kv_heads} heads of {d}, and positions (R,); "
             f"got {tuple(packed.shape)} and {tuple(positions.shape)}."
         )
+    kernel = pick("rope", backend, packed, head_dim=d)
+    if kernel is not None:
+        return kernel(packed, positions, table, heads, kv_heads)
     rotated, v = packed.unflatten(1, (-1, d)).split([heads + kv_heads, kv_heads], dim=1)
     cos, sin = table[positions].unsqueeze(1).chunk(2, dim=-1)
     low, high = rotated.float().chunk(2, dim=-1)

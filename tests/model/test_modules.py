@@ -6,6 +6,7 @@ import torch
 from llava_mini_fast import reference as spec
 from llava_mini_fast.model.splice import placeholder_index, splice
 from llava_mini_fast.model.vision_tower import VisionTower, grid_of_tiles
+from llava_mini_fast.ops.segments import Segments
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,9 @@ def test_text_part_equals_the_published_prefusion_row_by_row(model, weights):
     ours = front.prefusion_layers.image_part(patches[None], compressed[None], state, [2])[0]
     kept = text[ids > 0]
     assert (ours - vision).abs().max() < 1e-4
-    assert (front.prefusion_layers.text_part(kept, [len(kept)], [2], state) - fused[ids > 0]).abs().max() < 1e-4
+    assert (
+        front.prefusion_layers.text_part(kept, Segments.of([len(kept)], [2], "cpu"), state) - fused[ids > 0]
+    ).abs().max() < 1e-4
 
 
 def test_splice():

@@ -9,6 +9,7 @@ from llava_mini_fast.ops.frame_mean import add_frames
 from llava_mini_fast.ops.prefix_attention import causal_attention, prefix_attention
 from llava_mini_fast.ops.rms_norm import rms_norm
 from llava_mini_fast.ops.rope import rope
+from llava_mini_fast.ops.segments import Segments
 from llava_mini_fast.ops.swiglu import swiglu
 from llava_mini_fast.testing.numerics import assert_law
 
@@ -76,7 +77,7 @@ def test_prefix_attention_over_ragged_segments(dtype, heads, kv_heads):
     rows = sum(lengths)
     q, k, v = (draw(rows, n, d, seed=i).to(dtype) for i, n in enumerate((heads, kv_heads, kv_heads)))
     pk, pv = (draw(3, prefix, kv_heads, d, seed=8 + i).to(dtype) for i in range(2))
-    result = prefix_attention(q, k, v, pk, pv, lengths, used)
+    result = prefix_attention(q, k, v, pk, pv, Segments.of(lengths, used, "cpu"))
     start = 0
     for length, frame in zip(lengths, used):
         if length:
@@ -121,8 +122,15 @@ def test_compressor_attention(dtype, queries, patches, width):
 def test_add_frames_sums_in_float32():
     total = torch.zeros(3, 8)
     rows = torch.full((4000, 8), 0.1, dtype=torch.bfloat16)
-    add_frames(total, rows, torch.ones(4000, dtype=torch.long))
+    add_frames(total, rows, torch.tensor([1]), torch.ones(4000))
     assert torch.allclose(total[1], 4000 * rows[0].float()) and not total[[0, 2]].any()
+
+
+def test_add_frames_counts_frames_and_puts_rows_in_their_places():
+    total, rows = torch.ones(4, 8), draw(3 * 2, 8).float()
+    add_frames(total, rows, torch.tensor([3, 0]), torch.tensor([1.0, 0.0, 2.0]))
+    assert torch.equal(total[[1, 2]], torch.ones(2, 8))
+    assert torch.allclose(total[[3, 0]], 1 + rows[:2] + 2 * rows[4:])
 
 
 @pytest.mark.parametrize(
@@ -133,11 +141,12 @@ def test_add_frames_sums_in_float32():
         (lambda x: swiglu(x[:, :3]), r"swiglu takes \(R, 2I\)"),
         (lambda x: rope(x, torch.arange(2), torch.zeros(9, 4), 3, 1), "rope takes packed"),
         (lambda x: causal_attention(x[None, :, None], x[None, :2, None], x[None, :2, None]), "causal_attention takes q"),
-        (lambda x: prefix_attention(*[x[:, None]] * 3, x[None, :, None], x[None, :, None], [3], [0]), "lengths must sum"),
-        (lambda x: prefix_attention(*[x[:, None]] * 3, x[None, :, None], x[None, :, None], [4], [1]), r"frames must lie in 0\.\.0"),
+        (lambda x: prefix_attention(*[x[:, None]] * 3, x[None, :, None], x[None, :, None], Segments.of([3], [0], "cpu")), "lengths must sum"),
+        (lambda x: prefix_attention(*[x[:, None]] * 3, x[None, :, None], x[None, :, None], Segments.of([4], [1], "cpu")), r"frames must lie in 0\.\.0"),
         (lambda x: compressor_attention(x[None], x, x[:, :3], eps=1e-5), r"bias must be \(M, N\)"),
         (lambda x: compressor_attention(x[None], x.half(), x[:, :4], eps=1e-5), "must be float32"),
-        (lambda x: add_frames(x.half(), x, torch.arange(4)), "add_frames takes total"),
+        (lambda x: add_frames(x.half(), x, torch.arange(4), torch.ones(1)), "add_frames takes total"),
+        (lambda x: Segments.of([4, 1], [0], "cpu"), "one frame a length"),
     ],
 )  # fmt: skip
 def test_host_checks_name_the_argument(call, words):
