@@ -104,6 +104,7 @@ check: $(STAMP)
 	$(SUITE)
 	bad=()
 	if $(GPU); then marked=(); else marked=(-m "not gpu"); fi
+	export LLAVA_MINI_GOLDENS="$(foreach directory,$(GOLDENS),$(abspath $(directory)))"
 	suite "$${marked[@]}" || bad+=("$${wrong:-pytest}")
 	for goldens in tests/goldens $(GOLDENS); do
 		for engine in torch vllm; do

@@ -22,7 +22,7 @@ from llava_mini_fast.testing.numerics import law_bound
 
 __all__ = [
     "ALONE", "DTYPE", "FAILS", "PUBLISHED", "UNREADABLE", "Case", "ReferenceEngine", "Result", "Row",
-    "format_table", "load_cases", "run", "summary",
+    "format_table", "judge_tokens", "load_cases", "run", "summary",
 ]  # fmt: skip
 
 TOLERANCE = 1e-4
@@ -181,18 +181,9 @@ class _Judge:
         # A golden that ends early ended at a stop id.
         more = _BEYOND_STOP if row.tokens[-1] in self.stop_ids else 0
         tokens = list(self.engine.generate_ids(row.prompt_ids, row.media, len(row.tokens) + more))
-        equal = tokens == row.tokens or (row.low is not None and tokens == row.low.tokens)
-        right.append(equal)
-        if not equal:
-            step = next((n for n, pair in enumerate(zip(tokens, row.tokens)) if pair[0] != pair[1]), None)
-            if step is None:
-                notes.append(f"{len(tokens)} tokens instead of {len(row.tokens)}")
-            else:
-                margin = row.margins[step] if row.margins else float("nan")
-                notes.append(f"tokens part at step {step}, margin {margin:.2g}")
-                if row.low is not None and margin <= _near_tie(row):
-                    notes.append(f"a near tie by the law ({_near_tie(row):.2g})")
-                    right[-1] = True
+        equal, near_tie, note = judge_tokens(row, tokens)
+        right.append(equal or near_tie)
+        notes += [note] if note else []
         margin = min(row.margins) if row.margins else None
         return replace(result, tokens_equal=equal, margin=margin, passed=all(right), note="; ".join(notes))
 
@@ -205,6 +196,20 @@ class _Judge:
             if row.tokens is None:
                 row = replace(row, tokens=self.reference.generate_ids(row.prompt_ids, row.media, STEPS))
         return row
+
+
+def judge_tokens(row: Row, tokens: list[int]) -> tuple[bool, bool, str]:
+    """Whether tokens equal the row's, else whether they part at a near tie that the law allows, and a note on where."""
+    if tokens == row.tokens or (row.low is not None and tokens == row.low.tokens):
+        return True, False, ""
+    step = next((n for n, pair in enumerate(zip(tokens, row.tokens)) if pair[0] != pair[1]), None)
+    if step is None:
+        return False, False, f"{len(tokens)} tokens instead of {len(row.tokens)}"
+    margin = row.margins[step] if row.margins else float("nan")
+    note = f"tokens part at step {step}, margin {margin:.2g}"
+    if row.low is None or not margin <= _near_tie(row):
+        return False, False, note
+    return False, True, f"{note}; a near tie by the law ({_near_tie(row):.2g})"
 
 
 def _near_tie(row: Row) -> float:

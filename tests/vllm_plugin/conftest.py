@@ -8,14 +8,17 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llava_mini_fast.testing.cases import Case, load_cases
+from llava_mini_fast.testing.cases import FAILS, UNREADABLE, Case, Row, load_cases
+from llava_mini_fast.testing.checkpoints import cached
+from llava_mini_fast.testing.goldens import judge_tokens
 from llava_mini_fast.vllm_plugin import prompt
 
 HERE = Path(__file__).parent
@@ -168,21 +171,70 @@ def v2(runner):
 
 @dataclass(frozen=True, eq=False)
 class Golden:
-    """A published case as vLLM gets it."""
+    """A row of a published case as vLLM gets it."""
 
     case: Case
+    row: Row
 
     @property
     def name(self) -> str:
-        return self.case.name
-
-    @property
-    def row(self) -> Any:
-        return self.case.rows[0]
+        return self.case.name if len(self.case.rows) == 1 else f"{self.case.name}[{self.row.index}]"
 
     @property
     def prompt(self) -> dict[str, Any]:
         return prompt(self.row.prompt_ids, self.row.media)
+
+    def start(self, vllm: Vllm, **options: Any) -> None:
+        """An engine on the case's checkpoint, in its dtype."""
+        directory = self.case.checkpoint_directory()
+        if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+            options = {"tokenizer": str(cached("llama31"))} | options  # goldens are ids, and vLLM starts with any
+        vllm.start(directory, **({"dtype": self.case.dtype} | options))
+
+    def matches(self, tokens: list[int], steps: int | None = None) -> bool:
+        """Whether tokens are the published ones, or the first `steps` of them (in low precision, up to a near tie)."""
+        low = self.row.low and replace(self.row.low, tokens=self.row.low.tokens[:steps])
+        equal, near_tie, _ = judge_tokens(replace(self.row, tokens=self.row.tokens[:steps], low=low), tokens)
+        return equal or near_tie
+
+
+def _goldens(directory: Path) -> list[Golden]:
+    """Every row that vLLM can be asked: not what the published code can't compute, and not what only raw ids can say."""
+    rows = [Golden(case, row) for case in load_cases(directory) for row in case.rows]
+    return [golden for golden in rows if golden.row.kind not in (FAILS, UNREADABLE) and not golden.row.raw_only]
+
+
+def _contents(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (directory / "cases").iterdir()}
+
+
+@cache
+def groups() -> dict[str, list[Golden]]:
+    """Goldens by the engine that runs them: of tests/goldens, and of the directories that LLAVA_MINI_GOLDENS names."""
+    found: dict[str, list[Golden]] = {}
+    others = map(Path, os.environ.get("LLAVA_MINI_GOLDENS", "").split())
+    for directory in [GOLDENS, *(other for other in others if _contents(other) != _contents(GOLDENS))]:
+        prefix = "" if directory == GOLDENS else f"{directory.name}/"
+        for golden in _goldens(directory):
+            case = golden.case
+            more = [f"{key}={value}" for key, value in sorted(case.overrides.items())]
+            dtype = [] if case.dtype == "float32" else [case.dtype]
+            found.setdefault(prefix + ",".join([case.checkpoint, *more, *dtype]), []).append(golden)
+    return found
+
+
+def pytest_generate_tests(metafunc):
+    """Tests that take `cases` run once a group; groups from other directories are for `make check`."""
+    if "cases" in metafunc.fixturenames:
+        marks = {name: [pytest.mark.slow] if "/" in name else [] for name in groups()}
+        names = [pytest.param(name, marks=mark) for name, mark in marks.items()]
+        metafunc.parametrize("cases", names, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def cases(request):
+    """All goldens of one checkpoint. All tests of a checkpoint come together, which spares starts."""
+    return groups()[request.param]
 
 
 @pytest.fixture(scope="session")
@@ -193,5 +245,5 @@ def goldens_directory():
 @pytest.fixture(scope="session")
 def goldens():
     """goldens(checkpoint name) -> its cases that vLLM runs, by name."""
-    cases = [case for case in load_cases(GOLDENS) if not case.rows[0].raw_only]
-    return lambda checkpoint: {case.name: Golden(case) for case in cases if case.checkpoint == checkpoint}
+    found = _goldens(GOLDENS)
+    return lambda checkpoint: {one.case.name: one for one in found if one.case.checkpoint == checkpoint}
