@@ -27,6 +27,7 @@ from llava_mini_fast.preprocess.views import Views
 
 TEXT_ROWS = 60
 FRAMES = 32
+BATCH = 8
 BASELINE_FRAMES = 4
 """The published loop's cost is the same every frame; four of them stand for 32."""
 CHECK_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 8e-2}
@@ -137,14 +138,24 @@ class Bench:
         self.warm(front, image, baseline)
         self.cold(f"{FRAMES}-frame video", front, clip, rounds=1, warmup=0, fewer=BASELINE_FRAMES)
         self.ratios["video32"] = self.rows[-1]["ratio"]
+        self.batch(front, baseline)
         if self.dtype == torch.bfloat16:
             self.int8(image, baseline)
+
+    def batch(self, front: FusionFrontEnd, baseline: Timing) -> None:
+        """Prompts about different images in one call; the baseline takes one image after the other."""
+        images = [make_views(1, 1, seed=10 + index) for index in range(BATCH)]
+        front.configure(CacheSizes(0, 0))
+        times = self.timed({"ours": lambda: front.fuse([(self.ids, image) for image in images])}, rounds=1, warmup=0)
+        ours, full = (BATCH * front_total(front.config, 1, p) for p in (False, True))
+        scaled = Timing(tuple(s * BATCH for s in baseline.seconds))
+        self.row(f"{BATCH} cold images in a batch", times["ours"], scaled, ours, full / ours)
 
     def warm(self, front: FusionFrontEnd, image: Views, baseline: Timing) -> None:
         """Questions about a cached image; the baseline knows no cache and starts over."""
         front.configure(CacheSizes())
         front.fuse([(self.ids, image)])
-        questions = [[1, -200, *[10 + q] * (TEXT_ROWS - 1)] for q in range(8)]
+        questions = [[1, -200, *[10 + q] * (TEXT_ROWS - 1)] for q in range(BATCH)]
         turns = [[1, -200, *range(2, TEXT_ROWS * t + 1)] for t in (1, 2, 3)]
         times = self.timed(
             {
@@ -158,11 +169,11 @@ class Bench:
         self.row("second question", times["one"], baseline, text, None)
         self.ratios["second_question"] = self.rows[-1]["ratio"]
         for name, key, count in (
-            ("8 second questions in a batch", "eight", 8),
+            (f"{BATCH} second questions in a batch", "eight", BATCH),
             ("turns 2 and 3 (120 and 180 rows)", "turns", 2),
         ):
             scaled = Timing(tuple(s * count for s in baseline.seconds))
-            self.row(name, times[key], scaled, text * (8 if count == 8 else 5))
+            self.row(name, times[key], scaled, text * (BATCH if count == BATCH else 5))
 
     def stages(self, front: FusionFrontEnd, image: Views) -> None:
         """Each stage alone, and how near the vision tower and the image part come to plain GEMMs of their shapes."""
