@@ -6,7 +6,7 @@ leaves K and V (the image state) behind; the *text part* runs once a (frame, pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -107,14 +107,25 @@ class PreFusion(nn.ModuleList):
         """Run patch rows (F, P, H) and compressed rows (F, Q, H) of F frames.
 
         K and V go to `state` (S, layers, 2, P + Q, kv_heads, d), frame f's to slot `slots[f]`. Returns the compressed
-        rows' outputs (F, Q, H). In the last layer patch rows make K and V only.
+        rows' outputs (F, Q, H).
+        """
+        places = torch.tensor(slots, device=state.device)
+
+        def keep(index: int, k: Tensor, v: Tensor) -> None:
+            state[places, index, 0], state[places, index, 1] = k, v
+
+        return self.image_rows(patches, compressed, keep)
+
+    def image_rows(self, patches: Tensor, compressed: Tensor, keep: Callable[[int, Tensor, Tensor], None]) -> Tensor:
+        """As `image_part`, with K and V (F, P + Q, kv_heads, d) of each layer handed to `keep(layer, K, V)`.
+
+        In the last layer patch rows make K and V only.
         """
         frames, num_patches, hidden = patches.shape
         num_compressed = compressed.shape[1]
         rows = num_patches + num_compressed
         table = self.table(rows, patches.device)
         positions = torch.arange(rows, device=patches.device)
-        slots = torch.tensor(slots, device=state.device)
         x = torch.cat([patches, compressed], dim=1).flatten(0, 1)
         for index, layer in enumerate(self):
             if index < len(self) - 1:
@@ -124,7 +135,7 @@ class PreFusion(nn.ModuleList):
                 x = x.view(frames, rows, hidden)[:, num_patches:].flatten(0, 1)
                 q, _, _ = layer.qkv(x, positions[num_patches:].repeat(frames), table)
             k, v = k.unflatten(0, (frames, rows)), v.unflatten(0, (frames, rows))
-            state[slots, index, 0], state[slots, index, 1] = k, v
+            keep(index, k, v)
             attended = causal_attention(q.unflatten(0, (frames, -1)), k, v, backend=self.backend)
             x = layer.finish(x, attended.flatten(0, 1))
         return x.view(frames, num_compressed, hidden)
@@ -139,13 +150,16 @@ class PreFusion(nn.ModuleList):
 
         Returns: (R, H).
         """
-        prefix = state.shape[3]
+        return self.text_rows(text, segments, [(state[:, i, 0], state[:, i, 1]) for i in range(len(self))])
+
+    def text_rows(self, text: Tensor, segments: Segments, states: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """As `text_part`, with each layer's K and V (frames, P + Q, kv_heads, d) of the image part given one by one."""
+        prefix = states[0][0].shape[1]
         table = self.table(prefix + segments.max_length, text.device)
         positions = torch.cat([torch.arange(prefix, prefix + n) for n in segments.lengths]).to(text.device)
         x = text
-        for index, layer in enumerate(self):
+        for layer, (keys, values) in zip(self, states):
             q, k, v = layer.qkv(x, positions, table)
-            keys, values = state[:, index, 0], state[:, index, 1]
             attended = prefix_attention(q, k, v, keys, values, segments, backend=self.backend)
             x = layer.finish(x, attended)
         return x

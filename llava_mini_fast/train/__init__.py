@@ -1,0 +1,1 @@
+"""Training by the published two-stage recipe."""

@@ -1,0 +1,154 @@
+"""The model as it is trained: the published computation with gradients, in batches (published: `llava_arch`, `train.py`).
+
+The engine's own modules are trained in place, so what is learned is what is served. Three things differ from inference: the
+compressor is not folded, answers are masked out of pre-fusion, and in stage 1 the language model sees every patch row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llava_mini_fast.config import COMPRESSOR_HEADS, IMAGE_TOKEN_ID
+from llava_mini_fast.engine import LlavaMini
+from llava_mini_fast.model.compressor import Compressor, resized_positions
+from llava_mini_fast.model.splice import splice
+from llava_mini_fast.model.vision_tower import grid_of_tiles
+from llava_mini_fast.ops.segments import Segments
+from llava_mini_fast.train.data import IGNORED
+
+
+class TrainableModel(nn.Module):
+    """A loaded engine with a loss. `stage` 1 learns the projector; 2 compressor, pre-fusion, projector and language model.
+
+    Args:
+        engine: made by `LlavaMini(...)`, whose weights are not packed for oneDNN as those of `load` are.
+
+    Raises:
+        ValueError: another stage than 1 or 2, or packed weights.
+    """
+
+    def __init__(self, engine: LlavaMini, stage: int):
+        super().__init__()
+        if stage not in (1, 2):
+            raise ValueError(f"stage must be 1 or 2; got {stage!r}.")
+        if engine.front.packed:
+            raise ValueError("the engine's weights are packed for inference and can't be trained; build it unpacked.")
+        self.front, self.llm, self.stage = engine.front, engine.llm, stage
+        learned = [self.front.mm_projector]
+        if stage == 2:
+            learned += [self.front.compressor, self.front.prefusion_layers, self.llm]
+        for module in learned:
+            module.requires_grad_(True)
+        self.front.compressor.pos_embed.requires_grad_(False)  # stored, never learned
+
+    def forward(
+        self,
+        input_ids: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        num_frames: Sequence[int],
+        pixels: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss of a batch.
+
+        Args:
+            input_ids: per example (L,) int64 with -200 where the media goes.
+            labels: per example (L,), `IGNORED` where nothing is learned.
+            num_frames: per example; 0 is text alone. They sum to F.
+            pixels: (F, V, 3, 336, 336), normalised, frames of all examples one after another.
+            features: (F, V, 576, D) instead: what the frozen tower gave for them.
+
+        Returns: {"loss": scalar, "logits": (B, rows, vocab)}; the loss is the mean over all labels of the batch.
+        """
+        rows = self.fused_rows(input_ids, labels, num_frames, pixels, features)
+        spliced = [
+            _spliced_labels(ids, told, len(fused)) for ids, told, fused in zip(input_ids, labels, rows, strict=True)
+        ]
+        embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        targets = nn.utils.rnn.pad_sequence(spliced, batch_first=True, padding_value=IGNORED)
+        lengths = torch.tensor([len(fused) for fused in rows], device=embeds.device)
+        mask = torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None]
+        logits = self.llm(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), ignore_index=IGNORED)
+        return {"loss": loss, "logits": logits}
+
+    def fused_rows(
+        self,
+        input_ids: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        num_frames: Sequence[int],
+        pixels: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> list[Tensor]:
+        """What the language model receives, per example (rows, H). Arguments as in `forward`."""
+        embed = self.llm.get_input_embeddings()
+        texts = [embed(ids.clamp(min=0)) for ids in input_ids]
+        if not sum(num_frames):
+            return texts
+        grid, patches = self._frames(pixels, features)
+        projected = self.front.mm_projector(patches)
+        if self.stage == 1:
+            return [
+                self._spliced(ids, text, frames.flatten(0, 1)) if len(frames) else text
+                for ids, text, frames in zip(input_ids, texts, projected.split(list(num_frames)))
+            ]
+        compressed = self.front.mm_projector(unfolded_compressor(self.front.compressor, grid))
+        states: list[tuple[Tensor, Tensor]] = []
+        fusion = self.front.prefusion_layers
+        vision = fusion.image_rows(projected, compressed, lambda index, k, v: states.append((k, v)))
+        # an answer is not there yet when its question is asked, so no row may see it: as if its ids were 0
+        kept = [((ids > 0) & (told == IGNORED)).nonzero().flatten() for ids, told in zip(input_ids, labels)]
+        owners = [example for example, count in enumerate(num_frames) for _ in range(count)]
+        segments = Segments.of([len(kept[i]) for i in owners], range(len(owners)), vision.device)
+        fused = fusion.text_rows(torch.cat([texts[i][kept[i]] for i in owners]), segments, states)
+        rows, parts, start = [], vision.split(list(num_frames)), 0
+        for ids, text, places, frames in zip(input_ids, texts, kept, parts):
+            if not len(frames):
+                rows.append(text)
+                continue
+            stop = start + len(frames) * len(places)
+            mean = fused[start:stop].float().unflatten(0, (len(frames), -1)).mean(0).to(text.dtype)
+            rows.append(self._spliced(ids, text.index_copy(0, places, mean), frames.flatten(0, 1)))
+            start = stop
+        return rows
+
+    def _frames(self, pixels: Tensor | None, features: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The grid that the compressor pools, (F, N, D), and all patch features, (F, P, D)."""
+        if features is None:
+            with torch.no_grad():
+                features = self.front.vision_tower(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        if features.shape[1] == 1:
+            return features[:, 0], features[:, 0]
+        grid = grid_of_tiles(features[:, :-1])
+        return grid, torch.cat([grid, features[:, -1]], dim=1)
+
+    @staticmethod
+    def _spliced(ids: Tensor, text: Tensor, vision: Tensor) -> Tensor:
+        places = (ids == IMAGE_TOKEN_ID).nonzero().flatten().tolist()
+        return splice(text, vision, places[0] if places else None)
+
+
+def unfolded_compressor(compressor: Compressor, features: Tensor) -> Tensor:
+    """`Compressor.forward` as published, with gradients: features (F, N, D) -> (F, Q, D)."""
+    attn, positions = compressor.attn, resized_positions(compressor.pos_embed, math.isqrt(features.shape[1]))
+    values = compressor.ln_kv(features)
+    keys = values + positions.to(values.dtype)
+    queries = compressor.ln_q(compressor.query) + compressor.pos_embed
+    weights = zip((queries, keys, values), attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3))
+    q, k, v = (F.linear(x, w, b).unflatten(-1, (COMPRESSOR_HEADS, -1)).transpose(-3, -2) for x, w, b in weights)
+    pooled = F.scaled_dot_product_attention(q.expand(len(features), -1, -1, -1), k, v)
+    return attn.out_proj(pooled.transpose(1, 2).flatten(2))
+
+
+def _spliced_labels(ids: Tensor, labels: Tensor, rows: int) -> Tensor:
+    """Labels (L,) with as many ignored rows in the placeholder's place as the splice has put there -> (rows,)."""
+    places = (ids == IMAGE_TOKEN_ID).nonzero().flatten().tolist()
+    if not places:
+        return labels
+    vision = labels.new_full((rows - len(labels) + 1,), IGNORED)
+    return torch.cat([labels[: places[0]], vision, labels[places[0] + 1 :]])
