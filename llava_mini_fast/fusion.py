@@ -152,6 +152,14 @@ class FusionFrontEnd(nn.Module):
                 targets[f"model.prefusion_layers.{index}.{name}"] = piece
         return targets
 
+    def published_tensors(self) -> dict[str, Tensor]:
+        """Every parameter by its published name, sharing memory; RuntimeError once they are packed."""
+        if self.packed:
+            raise RuntimeError("the front end's weights are packed for this CPU; load the model anew to read them.")
+        targets = dict(self._targets)
+        self.__dict__.pop("_targets")
+        return targets
+
     @property
     def dtype(self) -> torch.dtype:
         return self.compressor.query.dtype

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llava_mini_fast.config import COMPRESSOR_HEADS, IMAGE_TOKEN_ID
 from llava_mini_fast.engine import LlavaMini
@@ -38,7 +40,7 @@ class TrainableModel(nn.Module):
             raise ValueError(f"stage must be 1 or 2; got {stage!r}.")
         if engine.front.packed:
             raise ValueError("the engine's weights are packed for inference and can't be trained; build it unpacked.")
-        self.front, self.llm, self.stage = engine.front, engine.llm, stage
+        self.front, self.llm, self.stage, self.checkpointing = engine.front, engine.llm, stage, False
         learned = [self.front.mm_projector]
         if stage == 2:
             learned += [self.front.compressor, self.front.prefusion_layers, self.llm]
@@ -50,7 +52,7 @@ class TrainableModel(nn.Module):
         self,
         input_ids: Sequence[Tensor],
         labels: Sequence[Tensor],
-        num_frames: Sequence[int],
+        frames: Sequence[Sequence[int]],
         pixels: Tensor | None = None,
         features: Tensor | None = None,
     ) -> dict[str, Tensor]:
@@ -58,17 +60,20 @@ class TrainableModel(nn.Module):
 
         Args:
             input_ids: per example (L,) int64 with -200 where the media goes.
-            labels: per example (L,), `IGNORED` where nothing is learned.
-            num_frames: per example; 0 is text alone. They sum to F.
-            pixels: (F, V, 3, 336, 336), normalised, frames of all examples one after another.
+            labels: per example (L,), `IGNORED` where nothing is learned. Rows beyond `tokenizer_model_max_length` are cut.
+            frames: per example, which of the F frames it shows, in order; none is text alone. Examples may share frames, whose
+                image part is then computed once.
+            pixels: (F, V, 3, 336, 336), normalised.
             features: (F, V, 576, D) instead: what the frozen tower gave for them.
 
         Returns: {"loss": scalar, "logits": (B, rows, vocab)}; the loss is the mean over all labels of the batch.
         """
-        rows = self.fused_rows(input_ids, labels, num_frames, pixels, features)
+        rows = self.fused_rows(input_ids, labels, frames, pixels, features)
         spliced = [
             _spliced_labels(ids, told, len(fused)) for ids, told, fused in zip(input_ids, labels, rows, strict=True)
         ]
+        limit = self.front.config.max_rows
+        rows, spliced = [fused[:limit] for fused in rows], [told[:limit] for told in spliced]
         embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         targets = nn.utils.rnn.pad_sequence(spliced, batch_first=True, padding_value=IGNORED)
         lengths = torch.tensor([len(fused) for fused in rows], device=embeds.device)
@@ -81,40 +86,38 @@ class TrainableModel(nn.Module):
         self,
         input_ids: Sequence[Tensor],
         labels: Sequence[Tensor],
-        num_frames: Sequence[int],
+        frames: Sequence[Sequence[int]],
         pixels: Tensor | None = None,
         features: Tensor | None = None,
     ) -> list[Tensor]:
         """What the language model receives, per example (rows, H). Arguments as in `forward`."""
         embed = self.llm.get_input_embeddings()
         texts = [embed(ids.clamp(min=0)) for ids in input_ids]
-        if not sum(num_frames):
+        if not any(frames):
             return texts
         grid, patches = self._frames(pixels, features)
         projected = self.front.mm_projector(patches)
         if self.stage == 1:
             return [
-                self._spliced(ids, text, frames.flatten(0, 1)) if len(frames) else text
-                for ids, text, frames in zip(input_ids, texts, projected.split(list(num_frames)))
+                self._spliced(ids, text, projected[list(shown)].flatten(0, 1)) if shown else text
+                for ids, text, shown in zip(input_ids, texts, frames)
             ]
         compressed = self.front.mm_projector(unfolded_compressor(self.front.compressor, grid))
-        states: list[tuple[Tensor, Tensor]] = []
-        fusion = self.front.prefusion_layers
-        vision = fusion.image_rows(projected, compressed, lambda index, k, v: states.append((k, v)))
+        vision, states = self._image_part(projected, compressed)
         # an answer is not there yet when its question is asked, so no row may see it: as if its ids were 0
         kept = [((ids > 0) & (told == IGNORED)).nonzero().flatten() for ids, told in zip(input_ids, labels)]
-        owners = [example for example, count in enumerate(num_frames) for _ in range(count)]
-        segments = Segments.of([len(kept[i]) for i in owners], range(len(owners)), vision.device)
-        fused = fusion.text_rows(torch.cat([texts[i][kept[i]] for i in owners]), segments, states)
-        rows, parts, start = [], vision.split(list(num_frames)), 0
-        for ids, text, places, frames in zip(input_ids, texts, kept, parts):
-            if not len(frames):
-                rows.append(text)
-                continue
-            stop = start + len(frames) * len(places)
-            mean = fused[start:stop].float().unflatten(0, (len(frames), -1)).mean(0).to(text.dtype)
-            rows.append(self._spliced(ids, text.index_copy(0, places, mean), frames.flatten(0, 1)))
-            start = stop
+        owners = [example for example, shown in enumerate(frames) for _ in shown]
+        slots = [frame for shown in frames for frame in shown]
+        segments = Segments.of([len(kept[i]) for i in owners], slots, vision.device)
+        packed = torch.cat([texts[i][kept[i]] for i in owners])
+        fused = self.front.prefusion_layers.text_rows(packed, segments, states)
+        sums, rows = iter(fused.split([len(shown) * len(places) for shown, places in zip(frames, kept)])), []
+        for ids, text, places, shown in zip(input_ids, texts, kept, frames):
+            own = next(sums)
+            if shown:
+                mean = own.float().unflatten(0, (len(shown), len(places))).mean(0).to(text.dtype)
+                text = self._spliced(ids, text.index_copy(0, places, mean), vision[list(shown)].flatten(0, 1))
+            rows.append(text)
         return rows
 
     def _frames(self, pixels: Tensor | None, features: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -126,6 +129,28 @@ class TrainableModel(nn.Module):
             return features[:, 0], features[:, 0]
         grid = grid_of_tiles(features[:, :-1])
         return grid, torch.cat([grid, features[:, -1]], dim=1)
+
+    def _image_part(self, patches: Tensor, compressed: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Fused vision rows (F, Q, H), and K and V of every layer; with gradient checkpointing nothing else is kept."""
+
+        def run(patches: Tensor, compressed: Tensor) -> tuple[Tensor, ...]:
+            kept: list[Tensor] = []
+            vision = self.front.prefusion_layers.image_rows(patches, compressed, lambda _, k, v: kept.extend((k, v)))
+            return vision, *kept
+
+        if self.checkpointing:
+            vision, *kept = checkpoint(run, patches, compressed, use_reentrant=False)
+        else:
+            vision, *kept = run(patches, compressed)
+        return vision, list(zip(kept[::2], kept[1::2]))
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Trade time for memory: the image part and the language model's layers are computed again on the way back.
+
+        options: of transformers' method of this name, for the language model.
+        """
+        self.checkpointing = True
+        self.llm.gradient_checkpointing_enable(**options)
 
     @staticmethod
     def _spliced(ids: Tensor, text: Tensor, vision: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def test_rows_without_answers_are_the_published_ones(trainable, golden, name, ca
     ids, labels = tensors(row.prompt_ids, unlearned(row.prompt_ids))
     shown = pixels(model, row.media)
     with torch.no_grad():
-        (rows,) = model.fused_rows([ids], [labels], [len(shown)], shown)
+        (rows,) = model.fused_rows([ids], [labels], [range(len(shown))], shown)
     assert (rows - row.fused).abs().max() < 1e-4
 
 
@@ -50,12 +50,21 @@ def test_a_batch_gives_what_each_gives_alone_and_features_stand_for_pixels(train
     ids = tensors(image.prompt_ids, text, video.prompt_ids)
     labels = tensors(unlearned(image.prompt_ids), unlearned(text), unlearned(video.prompt_ids))
     shown = pixels(model, image.media, video.media)
-    counts = [1, 0, len(shown) - 1]
+    frames = [[0], [], range(1, len(shown))]
     with torch.no_grad():
         features = model.front.vision_tower(shown.flatten(0, 1)).unflatten(0, shown.shape[:2])
-        first, second, third = model.fused_rows(ids, labels, counts, features=features)
+        first, second, third = model.fused_rows(ids, labels, frames, features=features)
         assert torch.equal(second, model.llm.get_input_embeddings()(ids[1]))
     assert (first - image.fused).abs().max() < 1e-4 and (third - video.fused).abs().max() < 1e-4
+
+
+def test_examples_may_share_a_frame(trainable, golden):
+    model, row, other = trainable("llama31", 2), golden("image"), golden("image_other_question")
+    ids = tensors(row.prompt_ids, other.prompt_ids)
+    labels = tensors(unlearned(row.prompt_ids), unlearned(other.prompt_ids))
+    with torch.no_grad():
+        one, two = model.fused_rows(ids, labels, [[0], [0]], pixels(model, row.media))
+    assert (one - row.fused).abs().max() < 1e-4 and (two - other.fused).abs().max() < 1e-4
 
 
 def test_answers_are_seen_by_nobody_and_stay_plain(trainable, golden):
@@ -67,7 +76,7 @@ def test_answers_are_seen_by_nobody_and_stay_plain(trainable, golden):
         ids = [*row.prompt_ids, *said, *rest]
         labels = [*unlearned(row.prompt_ids), *said, *unlearned(rest)]
         with torch.no_grad():
-            return model.fused_rows(*map(lambda x: [torch.tensor(x)], (ids, labels)), [1], shown)[0]
+            return model.fused_rows(*map(lambda x: [torch.tensor(x)], (ids, labels)), [[0]], shown)[0]
 
     one, two, plain = fuse(answer), fuse(other), model.llm.get_input_embeddings()
     start = len(row.fused)
@@ -81,7 +90,7 @@ def test_each_stage_learns_its_own_parts(trainable, golden, stage):
     model, row = trainable("llama31", stage), golden("image_short")
     ids = [*row.prompt_ids, 7, 8]
     labels = [*unlearned(row.prompt_ids), 7, 8]
-    out = model(tensors(ids, [5, 6, 7]), tensors(labels, [IGNORED, 6, 7]), [1, 0], pixels(model, row.media))
+    out = model(tensors(ids, [5, 6, 7]), tensors(labels, [IGNORED, 6, 7]), [[0], []], pixels(model, row.media))
     rows = len(ids) - 1 + (576 if stage == 1 else 1)
     assert out["logits"].shape[:2] == (2, rows) and out["loss"].isfinite()
     out["loss"].backward()
@@ -96,6 +105,7 @@ def test_each_stage_learns_its_own_parts(trainable, golden, stage):
     assert stage == 1 or wanted - learned <= {"front.compressor.attn.in_proj_bias"}
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_the_engine_has_learned(trainable, golden):
     model, row = trainable("llama31", 2), golden("image_short")
     answer = [33, 44, 55]
@@ -106,7 +116,7 @@ def test_training_lowers_the_loss_and_the_engine_has_learned(trainable, golden):
     )
     losses = []
     for _ in range(8):
-        loss = model(*map(lambda x: [torch.tensor(x)], (ids, labels)), [1], shown)["loss"]
+        loss = model(*map(lambda x: [torch.tensor(x)], (ids, labels)), [[0]], shown)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
