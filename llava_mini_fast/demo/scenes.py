@@ -80,7 +80,7 @@ class Scene:
         ground = self._ground().resize((side, side), Image.Resampling.NEAREST)
         pen = ImageDraw.Draw(ground)
         for shape in self.shapes:
-            _draw(pen, shape, side)
+            draw_shape(pen, shape, side, COLOURS[shape.colour])
         return ground.resize((SIZE, SIZE), Image.Resampling.BOX)
 
     def _ground(self) -> Image.Image:
@@ -201,8 +201,9 @@ def _colours_like(tints) -> set[str]:
     return {name for name, rgb in COLOURS.items() if any(math.dist(rgb, tint) < 110 for tint in tints)}
 
 
-def _draw(pen: ImageDraw.ImageDraw, shape: Shape, side: int) -> None:
-    x, y, r, fill = shape.x * side, shape.y * side, SIZES[shape.size] * side, COLOURS[shape.colour]
+def draw_shape(pen: ImageDraw.ImageDraw, shape: Shape, side: int, fill: int | tuple[int, int, int]) -> None:
+    """Draw a shape on a picture of `side` x `side` pixels."""
+    x, y, r = shape.x * side, shape.y * side, SIZES[shape.size] * side
     if shape.shape == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
     elif shape.shape == "square":

@@ -1,0 +1,168 @@
+"""The demo model's vision tower: a small CLIP, trained to say what lies under each of its patches, and then frozen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from llava_mini_fast.config import GRID, PATCH_SIZE
+from llava_mini_fast.demo.data import scenes
+from llava_mini_fast.demo.scenes import COLOURS, SHAPES, SIZE, SIZES, Scene, draw_shape
+from llava_mini_fast.preprocess.views import normalize
+
+CONFIG = {
+    "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 512,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 336, "patch_size": PATCH_SIZE, "num_channels": 3,
+    "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128,
+}  # fmt: skip
+COVERED = 0.25
+"""The share of a patch that a shape must cover to be what lies under it."""
+CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1)
+"""Shape, colour and size under a patch; 0 is the ground."""
+
+
+class DenseTower(nn.Module):
+    """The tower and, for training alone, a linear layer that names shape, colour and size under each patch."""
+
+    def __init__(self):
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        super().__init__()
+        config = CLIPVisionConfig(**CONFIG)
+        config._attn_implementation = "sdpa"
+        self.clip = CLIPVisionModel(config)
+        self.clip.post_layernorm = nn.Identity()  # behind the output that is used
+        self.head = nn.Linear(config.hidden_size, sum(CLASSES))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """pixels (B, 3, 336, 336) -> logits of shape, colour and size, each (B, 576, classes)."""
+        features = self.clip(pixels).last_hidden_state[:, 1:]
+        return self.head(features).split(CLASSES, dim=-1)
+
+    def loss(self, pixels: Tensor, targets: Tensor) -> Tensor:
+        """targets (B, 576, 3). The ground is most of a picture, so patches of shapes together count as much as it."""
+        weight = (targets[..., 0] > 0).float()
+        weight = weight / weight.sum().clamp(min=1) + (1 - weight) / (1 - weight).sum()
+        losses = (
+            F.cross_entropy(logits.flatten(0, 1).float(), targets[..., n].flatten(), reduction="none")
+            for n, logits in enumerate(self(pixels))
+        )
+        return sum((loss * weight.flatten()).sum() for loss in losses) / 2
+
+
+def under_patches(scene: Scene) -> Tensor:
+    """(576, 3) int64: classes of shape, colour and size under each patch, row by row; 0 where the ground is."""
+    owner = Image.new("L", (SIZE, SIZE))
+    pen = ImageDraw.Draw(owner)
+    for index, shape in enumerate(scene.shapes, start=1):
+        draw_shape(pen, shape, SIZE, index)
+    patches = (
+        np.asarray(owner).reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
+    )
+    shares = np.stack([(patches == index).mean(1) for index in range(1, len(scene.shapes) + 1)])
+    best = shares.argmax(0)
+    classes = np.array(
+        [
+            (SHAPES.index(s.shape) + 1, list(COLOURS).index(s.colour) + 1, list(SIZES).index(s.size) + 1)
+            for s in scene.shapes
+        ]
+    )
+    return torch.from_numpy(np.where((shares.max(0) >= COVERED)[:, None], classes[best], 0))
+
+
+def batches(seed: int, size: int, split: str = "train") -> Iterator[tuple[Tensor, Tensor]]:
+    """Pixels (B, 3, 336, 336), normalised, and targets (B, 576, 3), endlessly."""
+    drawn = scenes(seed, split)
+    while True:
+        chosen = list(islice(drawn, size))
+        pictures = torch.stack([torch.from_numpy(np.array(scene.picture())) for scene in chosen]).permute(0, 3, 1, 2)
+        yield normalize(pictures, torch.float32), torch.stack([under_patches(scene) for scene in chosen])
+
+
+def train_tower(
+    folder: Path,
+    steps: int,
+    batch: int = 16,
+    learning_rate: float = 1e-3,
+    save_every: int = 100,
+    progress: Callable[[int, float], None] = lambda step, loss: None,
+) -> Path:
+    """Train the tower and write it to `folder`/clip as transformers would. Goes on from `folder`/tower.pt where there is one.
+
+    Args:
+        folder: made where it isn't there.
+        steps: of AdamW, with a warm-up of 5 % and cosine decay.
+        progress: called with the number of steps done and the last loss.
+
+    Returns:
+        `folder`/clip.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    tower, done = DenseTower(), 0
+    optimizer = torch.optim.AdamW(tower.parameters(), learning_rate, weight_decay=0.01)
+    saved = folder / "tower.pt"
+    if saved.is_file():
+        state = torch.load(saved, weights_only=True)
+        tower.load_state_dict(state["tower"])
+        optimizer.load_state_dict(state["optimizer"])
+        done = state["steps"]
+    for step in range(done, steps):
+        # the scenes of a step depend on its number alone, so a run that goes on sees what an unbroken one would
+        pixels, targets = next(batches(step, batch))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * schedule(step, steps)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = tower.loss(pixels, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
+        optimizer.step()
+        progress(step + 1, loss.item())
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            write_whole(saved, {"tower": tower.state_dict(), "optimizer": optimizer.state_dict(), "steps": step + 1})
+    return _write_clip(tower, folder / "clip")
+
+
+def schedule(step: int, steps: int, warmup: float = 0.05) -> float:
+    """The share of the learning rate at a step: linear warm-up, then half a cosine down to 0."""
+    rise = max(1, int(steps * warmup))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + np.cos(np.pi * (step - rise) / max(1, steps - rise)))
+
+
+@torch.no_grad()
+def accuracy(tower: DenseTower, pictures: int = 64) -> dict[str, float]:
+    """Over the patches of shapes in held-out scenes: how often shape, colour and size are named right."""
+    pixels, targets = next(batches(0, pictures, "held_out"))
+    shown = targets[..., 0] > 0
+    named = (logits.argmax(-1) for logits in tower(pixels))
+    pairs = zip(("shape", "colour", "size"), named, targets.unbind(-1))
+    return {name: (found == target)[shown].float().mean().item() for name, found, target in pairs}
+
+
+def write_whole(path: Path, value: Any) -> None:
+    """torch.save that a crash can't leave half done."""
+    part = path.with_suffix(".part")
+    torch.save(value, part)
+    part.replace(path)
+
+
+def _write_clip(tower: DenseTower, out: Path) -> Path:
+    from safetensors.torch import save_file
+
+    out.mkdir(exist_ok=True)
+    weights = {f"vision_model.{name}": tensor.contiguous() for name, tensor in tower.clip.state_dict().items()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
+    return out
