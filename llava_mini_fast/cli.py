@@ -167,6 +167,159 @@ def doctor(debug: Debug = False) -> None:
             raise typer.Exit(1)
 
 
+@app.command(
+    "make-data",
+    epilog=_examples(
+        "llava-mini make-data data/train --scenes 1000 --clips 200",
+        "llava-mini make-data data/held-out --scenes 200 --clips 60 --split held_out --seed 1",
+    ),
+)
+def make_data(
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Where to write; made, and must be empty.")],
+    scenes: Annotated[int, typer.Option(min=0, help="How many pictures.")] = 1000,
+    clips: Annotated[int, typer.Option(min=0, help="How many clips.")] = 200,
+    split: Annotated[
+        Literal["train", "validation", "held_out"], typer.Option(help="Splits share no scene, whatever the seeds.")
+    ] = "train",
+    seed: Annotated[int, typer.Option(help="The same seed draws the same data.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Draw pictures and clips of coloured shapes, with captions and questions in LLaVA's JSON: data to train on.
+
+    DIRECTORY gets images/, videos/, captions.json (stage 1) and questions.json (stage 2).
+    """
+    with _sentences(debug):
+        from llava_mini_fast.demo import data
+
+        with _bar(f"make-data {directory}", scenes + clips) as advance:
+            data.make_data(directory, scenes, clips, split, seed, progress=advance)
+        typer.echo(f"{scenes} pictures and {clips} clips of split {split} are in {directory}.")
+
+
+@app.command(
+    epilog=_examples(
+        "llava-mini train path/to/checkpoint data/train/captions.json --stage 1 --out stage1",
+        "llava-mini train stage1 data/train/questions.json --stage 2 --out stage2 --bf16 --gradient-checkpointing",
+        "torchrun --nproc-per-node 8 --no-python llava-mini train stage1 questions.json --stage 2 --out stage2",
+    )
+)
+def train(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory or hub name to start from.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A LLaVA-format JSON file.")],
+    stage: Annotated[
+        int, typer.Option(min=1, max=2, help="1: the projector, on captions; 2: all but the vision tower.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIRECTORY", help="Where the trained checkpoint goes.")],
+    folder: Annotated[
+        Path | None, typer.Option(metavar="DIRECTORY", help="What paths in DATA are relative to; else DATA's own.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Examples of a step, all processes together.")] = 256,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Examples that a process takes at once.")] = 16,
+    learning_rate: Annotated[float | None, typer.Option(help="In place of the recipe's (1e-3, then 1e-4).")] = None,
+    epochs: Annotated[float | None, typer.Option(help="In place of the recipe's (1, then 2).")] = None,
+    save_steps: Annotated[
+        int, typer.Option(min=1, help="Save this often; a run that is cut off goes on from there.")
+    ] = 100,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; weights stay float32.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    deepspeed: Annotated[Path | None, typer.Option(metavar="JSON", help="A DeepSpeed configuration.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Train one stage of the published recipe; the same command again goes on where a run was cut off.
+
+    Needs the extra train. Several GPUs through torchrun or accelerate.
+    """
+    with _sentences(debug):
+        from llava_mini_fast.train import recipe
+
+        more = {"learning_rate": learning_rate, "num_train_epochs": epochs, "deepspeed": deepspeed and str(deepspeed)}
+        options = {name: value for name, value in more.items() if value is not None} | {
+            "save_steps": save_steps, "bf16": bf16, "gradient_checkpointing": gradient_checkpointing,
+        }  # fmt: skip
+        job = recipe.Job(model, data, folder or data.parent, out, stage, batch, micro_batch, options)
+        typer.echo(f"trained checkpoint: {recipe.train(job)}")
+
+
+bench = typer.Typer(
+    name="bench",
+    help="Time parts of the engine on this machine.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(bench)
+
+
+@bench.callback(epilog=_examples("llava-mini bench kernels --device cpu", "llava-mini bench kernels --list"))
+def _bench() -> None:
+    pass
+
+
+@bench.command(
+    epilog=_examples(
+        "llava-mini bench kernels --device cpu",
+        "llava-mini bench kernels --op prefix_attention --shape text60 --dtype bfloat16",
+        "llava-mini bench kernels --backend triton --json result.json --markdown result.md --plot result.svg",
+        "llava-mini bench kernels --list",
+    )
+)
+def kernels(
+    op: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this op; may be repeated.")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help='Only shapes of this name or with this part, as "text60"; may be repeated.'),
+    ] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="Where to run; without it CUDA where there is one.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="May be repeated; without it float32 on a CPU and bfloat16 on CUDA."),
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="torch, triton or cuda; may be repeated. Without it torch on a CPU, the other two on CUDA.",
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each measurement; heavy shapes get fewer.")] = 7,
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compare with torch.compile; without it on CUDA alone."),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Write the results there, with the machine.")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the table there too.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="PATH", help="Write a bar chart there, as SVG.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Show ops and shapes, and run nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Time each kernel at the model's shapes beside the published structure and other libraries.
+
+    A row's numbers are checked first; a row that fails gives no number, and the command exits with 1.
+    """
+    with _sentences(debug):
+        from llava_mini_fast.bench import kernels as runner
+        from llava_mini_fast.bench import report
+
+        options = runner.Options(
+            op or (), shape or (), device or runner.default_device(), dtype or (), backend or (), rounds, compiled
+        )
+        if listed:
+            typer.echo(runner.listing(options))
+            return
+        with _progress(f"bench kernels ({options.device})") as advance:
+            result = runner.run(options, progress=advance)
+        report.show(result, _console())
+        runner.store(result, json, markdown, plot)
+        if runner.red(result):
+            _say(f"red, so without numbers: {'; '.join(runner.red(result))}")
+            raise typer.Exit(1)
+
+
 @contextmanager
 def _sentences(debug: bool) -> Iterator[None]:
     """Errors that the user can do something about become a sentence and exit status 1; Ctrl-C becomes 130."""
@@ -237,6 +390,15 @@ def _progress(title: str) -> Iterator[Any]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda result, total: bar.update(task, advance=1, total=total, description=f"{title}: {result.case}")
+
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Any]:
+    """A bar on stderr where that is a terminal; yields a function of how many more are done."""
+    from tqdm import tqdm
+
+    with tqdm(desc=title, total=total, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+        yield bar.update
 
 
 def _print_report(report: Any) -> None:

@@ -331,3 +331,18 @@ def test_answers_cannot_steer_the_terminal():
 
 def test_seeded_checkpoint_is_the_packages_own(checkpoint):
     assert cached("llama31") == checkpoint("llama31")
+
+
+def test_make_data_and_train(tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    result = CliRunner().invoke(app, ["make-data", str(data), "--scenes", "1", "--clips", "0", "--seed", "3"])
+    assert result.exit_code == 0 and "1 pictures and 0 clips of split train are in" in result.stdout
+    again = CliRunner().invoke(app, ["make-data", str(data)])
+    assert again.exit_code == 1 and "is not empty" in again.stderr
+    command = ["train", str(cached("llama31")), str(data / "captions.json"), "--stage", "1", "--out", str(out)]
+    result = CliRunner().invoke(app, [*command, "--batch", "1", "--micro-batch", "1"])
+    assert result.exit_code == 0 and f"trained checkpoint: {out}" in result.stdout
+    assert (out / "config.json").is_file()
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 1 and "holds a checkpoint already" in again.stderr
+    assert CliRunner().invoke(app, [*command[:-1], "other", "--batch", "10"]).exit_code == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ("setup", "run", "test", "check", "clean")
+TARGETS = ("setup", "run", "test", "check", "gpu", "clean")
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 

@@ -44,6 +44,8 @@ def resolve(backend: str, device: torch.device) -> str:
     reason = unavailable(name, device)
     if reason:
         raise ValueError(f"{source} is {name!r}, which can't run on {device.type}: {reason}.")
+    if name in MODULES:
+        _kernels(name)
     return name
 
 
@@ -115,9 +117,14 @@ def _default() -> str:
     return "torch"
 
 
-@cache
+_LOADED: dict[str, ModuleType] = {}
+"""A plain dict: torch.compile looks through functools.cache, at an import that it can't trace. `resolve` fills it."""
+
+
 def _kernels(backend: str) -> ModuleType:
-    return importlib.import_module(MODULES[backend])
+    if backend not in _LOADED:
+        _LOADED[backend] = importlib.import_module(MODULES[backend])
+    return _LOADED[backend]
 
 
 @cache

@@ -47,7 +47,7 @@ class Job:
     `save_steps`, `max_steps` and so on.
     """
 
-    model: Path
+    model: Path | str
     data: Path
     folder: Path
     out: Path

@@ -1,0 +1,51 @@
+"""The interpreter's and the compiler's tests, each in its own process: how a kernel runs is decided on decorating it.
+
+`-m pytest tests/triton/interpreted` with TRITON_INTERPRET=1, or `tests/triton/compiled` with LLAVA_MINI_TEST_COMPILE=1,
+runs them alone.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+if find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("LLAVA_MINI_TEST_COMPILE") == "1":
+    pytest.skip("this is the child", allow_module_level=True)
+
+
+def child(folder, marks, tmp_path, **variables):
+    """Run a folder's tests that have the marks, and show what pytest said where one fails."""
+    command = [sys.executable, "-m", "pytest", HERE / folder, "-q", "-m", marks, "-p", "no:cacheprovider"]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path / "cache"), "LLAVA_MINI_TEST_OUT": str(tmp_path)
+    } | variables  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    print(said)
+    assert done.returncode == 0, said[-20000:]
+
+
+def test_in_the_interpreter(tmp_path):
+    child("interpreted", "not slow", tmp_path, TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_more_in_the_interpreter(tmp_path):
+    child("interpreted", "slow", tmp_path, TRITON_INTERPRET="1")
+
+
+def test_compiling_for_gpus_that_are_not_here(tmp_path):
+    child("compiled", "not slow", tmp_path, LLAVA_MINI_TEST_COMPILE="1")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_compiling_everything(tmp_path):
+    child("compiled", "slow", tmp_path, LLAVA_MINI_TEST_COMPILE="1")
