@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from llava_mini_fast.bench.timing import Clock
 
 DEFAULT_CACHE = 32 * 2**20

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llava_mini_fast.bench import flops
-from llava_mini_fast.bench.published import PublishedFrontEnd
-from llava_mini_fast.bench.timing import Timing, interleave, machine, peak_memory
 from torch import Tensor
 from tqdm import tqdm
 
+from llava_mini_fast.bench import flops
+from llava_mini_fast.bench.published import PublishedFrontEnd
+from llava_mini_fast.bench.timing import Timing, interleave, machine, peak_memory
 from llava_mini_fast.config import CLIP_L_336, MODEL_TYPE, LlavaMiniConfig
 from llava_mini_fast.fusion import FusionFrontEnd
 from llava_mini_fast.image_cache import CacheSizes

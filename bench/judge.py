@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from llava_mini_fast.bench.baselines import values_of
-from llava_mini_fast.bench.shapes import Inputs, copied
 from torch import Tensor
 
 from llava_mini_fast import reference as spec
+from llava_mini_fast.bench.baselines import values_of
+from llava_mini_fast.bench.shapes import Inputs, copied
 from llava_mini_fast.ops.segments import Segments
 from llava_mini_fast.terminal import sentence
 from llava_mini_fast.testing.numerics import assert_law

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from llava_mini_fast.bench import baselines, report
 from llava_mini_fast.bench.ceilings import Ceilings, cache_bytes, measure
 from llava_mini_fast.bench.judge import BASELINE_TOLERANCE, Judge, Run
 from llava_mini_fast.bench.shapes import Inputs, Shape, copied, kernel_shape, matches, select
 from llava_mini_fast.bench.timing import Timing, clock_of, interleave, machine
-
 from llava_mini_fast.ops import backend as backends
 
 CPU_FLOPS, CPU_BYTES = 60e9, 400e6

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from llava_mini_fast.bench import baselines
 from llava_mini_fast.bench.ceilings import cache_bytes
 from llava_mini_fast.bench.judge import Judge

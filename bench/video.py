@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from llava_mini_fast.bench.timing import machine, peak_memory
 from tqdm import tqdm
 
 import llava_mini_fast as lmf
+from llava_mini_fast.bench.timing import machine, peak_memory
 from llava_mini_fast.image_cache import CacheSizes
 from llava_mini_fast.testing.checkpoints import cached
 

@@ -200,13 +200,17 @@ def _kernels(torch_engine: Finding) -> Iterator[Finding]:
         return
     import torch
 
-    from llava_mini_fast.ops.backend import unavailable
+    from llava_mini_fast.ops import backend
 
-    yield Finding("torch", "works")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = backend.resolve("auto", device)
+    except ValueError as error:  # LLAVA_MINI_BACKEND asks for what can't run
+        yield Finding("in use", "none", "bad", sentence(error))
+    else:
+        note = f"{backend.ENVIRONMENT} says so" if os.environ.get(backend.ENVIRONMENT) else "chosen by device"
+        yield Finding("in use", backend.default_for(device) if chosen == "auto" else chosen, note=note)
+    yield Finding("torch", "works")
     for name in ("triton", "cuda"):
-        reason = unavailable(name, device)
-        if reason is None:
-            yield Finding(name, "works")
-        else:
-            yield Finding(name, "not used", note=f"{reason}; torch's kernels are used instead")
+        reason = backend.unavailable(name, device)
+        yield Finding(name, "works") if reason is None else Finding(name, "does not run here", note=reason)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
 from llava_mini_fast.triton_kernels import compressor_attention, frame_mean, prefix_attention, rms_norm, rope, swiglu
 
 OPS: dict[str, Callable] = {

@@ -21,6 +21,10 @@ from pathlib import Path
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
 from llava_mini_fast.triton_kernels import (
     compressor_attention,
     frame_mean,
@@ -30,9 +34,6 @@ from llava_mini_fast.triton_kernels import (
     rope,
     swiglu,
 )
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -13,6 +13,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from llava_mini_fast.ops.library import define
 from llava_mini_fast.triton_kernels.launch import (
     FUSION,
     NAMESPACE,
@@ -23,9 +26,6 @@ from llava_mini_fast.triton_kernels.launch import (
     processors,
     tuned,
 )
-from torch import Tensor
-
-from llava_mini_fast.ops.library import define
 
 MAX_WIDTH = 1024
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from llava_mini_fast.triton_kernels.launch import FUSION, NAMESPACE, architecture, cdiv, on_device, power_of_2, tuned
 from torch import Tensor
 
 from llava_mini_fast.ops.library import define
+from llava_mini_fast.triton_kernels.launch import FUSION, NAMESPACE, architecture, cdiv, on_device, power_of_2, tuned
 
 
 @triton.jit

@@ -79,7 +79,7 @@ def pick(op: str, backend: str, x: torch.Tensor, **shape: int) -> Callable | Non
     if backend == "auto":
         if torch_is_faster(op, x.dtype, **shape):
             return None
-        backend = _default()
+        backend = default_for(x.device)
         if backend == "torch":
             return None
     kernels = _kernels(backend)
@@ -105,9 +105,13 @@ def torch_is_faster(op: str, dtype: torch.dtype, **shape: int) -> str | None:
     return None
 
 
+def default_for(device: torch.device) -> str:
+    """What "auto" means on a device, where `torch_is_faster` names nothing: torch on a CPU, else Triton, CUDA or torch."""
+    return _default_on_cuda() if device.type == "cuda" else "torch"
+
+
 @cache
-def _default() -> str:
-    """What "auto" means on CUDA."""
+def _default_on_cuda() -> str:
     cuda = torch.device("cuda")
     for backend in ("triton", "cuda"):
         reason = unavailable(backend, cuda)

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
+
 from llava_mini_fast.bench import flops, frontend, timing
 from llava_mini_fast.bench.published import PublishedFrontEnd
-
 from llava_mini_fast.config import LlavaMiniConfig
 
 

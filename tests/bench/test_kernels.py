@@ -11,12 +11,12 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from llava_mini_fast.bench import baselines, ceilings, kernels, report, shapes, tune
-from llava_mini_fast.bench.judge import Judge
-from llava_mini_fast.bench.timing import Timing
 from typer.testing import CliRunner
 
 from llava_mini_fast import ops
+from llava_mini_fast.bench import baselines, ceilings, kernels, report, shapes, tune
+from llava_mini_fast.bench.judge import Judge
+from llava_mini_fast.bench.timing import Timing
 from llava_mini_fast.cli import app
 
 TINY = shapes.Model("tiny", 96, 4, 2)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from llava_mini_fast.triton_kernels import OPS
 from llava_mini_fast.triton_kernels.compiled import (
     ARCHITECTURES,

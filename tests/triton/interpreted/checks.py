@@ -5,11 +5,11 @@ Triton's InterpreterError for a lane out of bounds, when something is wrong.
 """
 
 import torch
-from llava_mini_fast.triton_kernels.interpreted import watch
 
 from llava_mini_fast import reference as spec
 from llava_mini_fast.ops.segments import Segments
 from llava_mini_fast.testing.numerics import assert_law
+from llava_mini_fast.triton_kernels.interpreted import watch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from llava_mini_fast.triton_kernels import compressor_attention, launch, prefix_attention, rms_norm, rope, swiglu
 
 HALF, SINGLE = torch.bfloat16, torch.float32

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from llava_mini_fast.triton_kernels import launch
 
 import llava_mini_fast as lmf
 from llava_mini_fast import reference as spec
@@ -16,6 +15,7 @@ from llava_mini_fast.ops.segments import Segments
 from llava_mini_fast.testing.cases import load_cases
 from llava_mini_fast.testing.checkpoints import cached
 from llava_mini_fast.testing.goldens import run
+from llava_mini_fast.triton_kernels import launch
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
 

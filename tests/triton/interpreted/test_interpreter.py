@@ -4,8 +4,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from llava_mini_fast.triton_kernels.interpreted import watch
 from triton.runtime.errors import InterpreterError
+
+from llava_mini_fast.triton_kernels.interpreted import watch
 
 
 @triton.jit

@@ -4,6 +4,7 @@ import checks
 import pytest
 import torch
 from checks import DTYPES
+
 from llava_mini_fast.triton_kernels import DTYPES as SUPPORTED
 from llava_mini_fast.triton_kernels import OPS, unsupported
 

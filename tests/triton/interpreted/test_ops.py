@@ -6,14 +6,14 @@ import checks
 import pytest
 import torch
 from checks import DTYPES, draw
-from llava_mini_fast.triton_kernels import OPS, launch
-from llava_mini_fast.triton_kernels import compressor_attention as compressor
-from llava_mini_fast.triton_kernels import prefix_attention as prefix
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llava_mini_fast.ops import compressor_attention, frame_mean, prefix_attention, rms_norm, rope, swiglu
 from llava_mini_fast.ops.backend import resolve
 from llava_mini_fast.ops.segments import Segments
+from llava_mini_fast.triton_kernels import OPS, launch
+from llava_mini_fast.triton_kernels import compressor_attention as compressor
+from llava_mini_fast.triton_kernels import prefix_attention as prefix
 
 
 def arguments(op, dtype=torch.float32):

@@ -7,10 +7,10 @@ from unittest import mock
 import checks
 import pytest
 import torch
-from llava_mini_fast.triton_kernels import compressor_attention, frame_mean, prefix_attention, rms_norm, rope, swiglu
 from triton.runtime.errors import InterpreterError
 
 from llava_mini_fast.ops import library
+from llava_mini_fast.triton_kernels import compressor_attention, frame_mean, prefix_attention, rms_norm, rope, swiglu
 
 SPLIT = dict(rows=100)  # seven tiles: three splits
 
