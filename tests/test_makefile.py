@@ -4,9 +4,11 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ("setup", "run", "test", "check", "gpu", "clean")
@@ -85,3 +87,35 @@ def test_another_python_is_refused_with_a_sentence(tmp_path):
     result = make("setup", "PYTHON=no-such-python", cwd=tmp_path)
     assert "there is no no-such-python" in result.stdout
     assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_gpu_without_a_device_or_packages_is_a_sentence(tmp_path):
+    def last_line(python):
+        result = make("gpu", f"PYTHON={python}", f"VENV={tmp_path / 'none'}")
+        assert result.returncode != 0
+        return result.stdout.splitlines()[-1]
+
+    assert last_line(sys.executable).startswith("make gpu: failed: torch finds no CUDA device here")
+    assert last_line("no-such-python") == "make gpu: failed: there is no no-such-python; say make gpu PYTHON=path"
+    bare = tmp_path / "python"
+    bare.write_text("#!/bin/sh\necho triton pytest\n")
+    bare.chmod(0o755)
+    assert last_line(bare) == f"make gpu: failed: {bare} lacks triton, pytest"
+
+
+def test_gpu_takes_its_steps_in_order(tmp_path):
+    """With a python that only says what it is asked to run, on a machine that lacks what the CUDA build takes."""
+    python = tmp_path / "python"
+    answers = (
+        '*find_spec*|*is_available*) ;; *get_device_name*) echo a-card ;; *pybind11*) exit 1 ;; *) echo "ran $*" ;;'
+    )
+    python.write_text(f'#!/bin/sh\ncase "$*" in {answers} esac\n')
+    python.chmod(0o755)
+    result = make("gpu", f"PYTHON={python}", f"VENV={tmp_path / 'none'}")
+    assert result.returncode == 0, result.stdout
+    ran = [line.split("-m ")[1].split()[0] for line in result.stdout.splitlines() if line.startswith("ran ")]
+    assert ran == ["pip", "pytest", "llava_mini_fast.bench.tune", "pytest", "llava_mini_fast.bench.kernels"]
+    assert "--json bench/results/kernels-a-card.json" in result.stdout
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("make gpu: all passed") and "without the CUDA kernels" in last

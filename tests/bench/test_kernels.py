@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -238,40 +237,6 @@ def test_without_a_device_cuda_is_a_sentence():
     assert result.exit_code == 1 and "torch finds no CUDA device here" in result.stderr
     with pytest.raises(SystemExit, match="tuning needs a CUDA device"):
         tune.main([])
-
-
-@pytest.mark.skipif(torch.cuda.is_available() or not shutil.which("make"), reason="a CUDA device is here, or no make")
-def test_make_gpu_without_a_device_or_packages_is_a_sentence(tmp_path):
-    def last_line(python):
-        command = ["make", "gpu", f"PYTHON={python}", f"VENV={tmp_path / 'none'}"]
-        result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
-        assert result.returncode != 0
-        return result.stdout.splitlines()[-1]
-
-    assert last_line(sys.executable).startswith("make gpu: failed: torch finds no CUDA device here")
-    assert last_line("no-such-python") == "make gpu: failed: there is no no-such-python; say make gpu PYTHON=path"
-    bare = tmp_path / "python"
-    bare.write_text("#!/bin/sh\necho triton pytest\n")
-    bare.chmod(0o755)
-    assert last_line(bare) == f"make gpu: failed: {bare} lacks triton, pytest"
-
-
-@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
-def test_make_gpu_takes_its_steps_in_order(tmp_path):
-    """With a python that only says what it is asked to run, on a machine that lacks what the CUDA build takes."""
-    python = tmp_path / "python"
-    answers = (
-        '*find_spec*|*is_available*) ;; *get_device_name*) echo a-card ;; *pybind11*) exit 1 ;; *) echo "ran $*" ;;'
-    )
-    python.write_text(f'#!/bin/sh\ncase "$*" in {answers} esac\n')
-    python.chmod(0o755)
-    command = ["make", "gpu", f"PYTHON={python}", f"VENV={tmp_path / 'none'}"]
-    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
-    ran = [line.split("-m ")[1].split()[0] for line in result.stdout.splitlines() if line.startswith("ran ")]
-    assert ran == ["pip", "pytest", "llava_mini_fast.bench.tune", "pytest", "llava_mini_fast.bench.kernels"]
-    assert "--json bench/results/kernels-a-card.json" in result.stdout
-    last = result.stdout.splitlines()[-1]
-    assert last.startswith("make gpu: all passed") and "without the CUDA kernels" in last
 
 
 def test_list_runs_nothing():
