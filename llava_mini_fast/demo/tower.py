@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -138,7 +139,7 @@ def schedule(step: int, steps: int, warmup: float = 0.05) -> float:
     rise = max(1, int(steps * warmup))
     if step < rise:
         return (step + 1) / rise
-    return 0.5 * (1 + np.cos(np.pi * (step - rise) / max(1, steps - rise)))
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
 @torch.no_grad()

@@ -87,4 +87,5 @@ def test_memory_does_not_grow_with_the_clip():
     assert (short["rows"], long["rows"]) == (106, 506)
     assert all(r["order_kept"] and r["finite"] and r["text_mean_error"] < 1e-5 for r in results)
     grown = long["peak_growth_bytes"] - short["peak_growth_bytes"]
-    assert grown < 2 * (long["fused_bytes"] - short["fused_bytes"]) + 16 * 2**20  # the allocator's own steps
+    # two runs of one length differ by up to 20 MiB; the pixels of 400 frames, were they kept, are 129 MiB
+    assert grown < 2 * (long["fused_bytes"] - short["fused_bytes"]) + 48 * 2**20
