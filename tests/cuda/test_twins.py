@@ -60,16 +60,7 @@ SANITIZED = {
 }  # fmt: skip
 
 
-LONG = {
-    "attention without the barrier before a tile",
-    "float32 attention that overwrites keys in use",
-    "attention that reads rows beyond the last",
-    "compressor without the barrier before the softmax",
-}
-"""Each of these takes a while to compile, and has a like among the others."""
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in SANITIZED])
+@pytest.mark.parametrize("name", SANITIZED)
 def test_sanitizer_catches(build, tmp_path, name):
     flavour, compiled, file, right, wrong, words = SANITIZED[name]
     driver = build.link(
