@@ -9,6 +9,7 @@ import llava_mini_fast as lmf
 from llava_mini_fast.checkpoint import front_end_weights
 from llava_mini_fast.fusion import FusionFrontEnd, frames_that_fit
 from llava_mini_fast.image_cache import CacheSizes
+from llava_mini_fast.model import packed
 from llava_mini_fast.testing.numerics import law_bound
 
 TEXT = [5, 17, -200, 301, 44, 0, 9]
@@ -102,7 +103,8 @@ def test_new_weights_empty_the_cache(plain, monkeypatch):
     assert sum(seen) == 2
 
 
-def test_packed_weights_give_the_same_and_are_not_loaded_over(plain):
+def test_packed_weights_give_the_same_and_are_not_loaded_over(plain, monkeypatch):
+    monkeypatch.setattr(packed, "_intel", lambda: False)
     front, load = plain
     load()
     assert not front.packed
@@ -112,6 +114,17 @@ def test_packed_weights_give_the_same_and_are_not_loaded_over(plain):
     assert close(front.fuse([(TEXT, lmf.video(frames(2)))])[0], expected)
     with pytest.raises(RuntimeError, match="packed for this CPU and can't be loaded again"):
         load()
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch has no MKL")
+def test_float32_is_not_packed_where_mkl_is_faster(plain, monkeypatch):
+    monkeypatch.setattr(packed, "_intel", lambda: True)
+    front, load = plain
+    load()
+    assert not front.pack() and not front.packed
+    assert not packed.can_pack(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(packed, "_intel", lambda: False)
+    assert packed.can_pack(torch.device("cpu"), torch.float32) == packed.can_pack(torch.device("cpu"), torch.bfloat16)
 
 
 def test_progress_counts_frames(front):
