@@ -17,6 +17,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+kernel_sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*"))
 rooms = {"llava_mini_fast.triton_kernels": "triton_kernels", "llava_mini_fast.bench": "bench"}
 
 
@@ -88,6 +89,7 @@ class BuildKernels(build_ext):
 setup(
     packages=find_packages(include=["llava_mini_fast", "llava_mini_fast.*"]) + list(rooms),
     package_dir={"llava_mini_fast": "llava_mini_fast", **rooms},
-    ext_modules=[Extension("llava_mini_fast._cuda", sources=[])],
+    # `depends` is what a source distribution takes along
+    ext_modules=[Extension("llava_mini_fast._cuda", sources=[], depends=["CMakeLists.txt", *kernel_sources])],
     cmdclass={"build_ext": BuildKernels},
 )
