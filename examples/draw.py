@@ -1,54 +1,40 @@
-"""Draws examples/shapes.png and examples/moving.mp4: a picture and a clip to ask about.
+"""Draws examples/shapes.png and examples/moving.mp4: a picture and a clip that the demo model can be asked about.
 
 python examples/draw.py
 """
 
+from dataclasses import replace
 from pathlib import Path
 
-import av
 import numpy as np
-from PIL import Image, ImageDraw
+
+from llava_mini_fast.demo.data import write_clip
+from llava_mini_fast.demo.scenes import FRAMES, Scene, Shape
 
 HERE = Path(__file__).parent
-SKY, GRASS = (214, 230, 244), (142, 180, 120)
-RED, BLUE, YELLOW = (214, 48, 44), (44, 92, 200), (244, 196, 48)
-FPS, SECONDS, WIDTH, HEIGHT = 24, 5, 336, 240
+SKY, SAND = ((206, 222, 236), (190, 208, 226)), ((186, 178, 150), (170, 164, 140))
+
+SHAPES = Scene(
+    (
+        Shape("circle", "red", "large", 0.18, 0.2),
+        Shape("square", "blue", "small", 0.5, 0.52),
+        Shape("triangle", "yellow", "large", 0.82, 0.8),
+    ),
+    "stripes",
+    SKY,
+    grain=4,
+)
+BALL = Shape("circle", "red", "large", 0.2, 0.5)
 
 
-def shapes() -> Image.Image:
-    """A red circle, a blue square and a yellow triangle that stand on the ground."""
-    picture = Image.new("RGB", (640, 480), SKY)
-    pen = ImageDraw.Draw(picture)
-    pen.rectangle((0, 330, 640, 480), fill=GRASS)
-    pen.ellipse((60, 190, 220, 350), fill=RED)
-    pen.rectangle((270, 210, 410, 350), fill=BLUE)
-    pen.polygon([(460, 350), (600, 350), (530, 200)], fill=YELLOW)
-    return picture
-
-
-def moment(t: float) -> Image.Image:
-    """The clip at t (0 to 1): a red ball on its way from left to right, past a blue square."""
-    picture = Image.new("RGB", (WIDTH, HEIGHT), SKY)
-    pen = ImageDraw.Draw(picture)
-    pen.rectangle((0, 170, WIDTH, HEIGHT), fill=GRASS)
-    pen.rectangle((140, 60, 200, 120), fill=BLUE)
-    x = 30 + t * (WIDTH - 60)
-    pen.ellipse((x - 25, 130, x + 25, 180), fill=RED)
-    return picture
-
-
-def draw_clip(path: Path) -> None:
-    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream(codec, rate=FPS)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        for i in range(FPS * SECONDS):
-            pixels = np.asarray(moment(i / (FPS * SECONDS - 1)))
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode(None))
+def moments() -> np.ndarray:
+    """The clip: a red circle on its way from left to right."""
+    along = np.linspace(0.2, 0.75, FRAMES)
+    scenes = [Scene((replace(BALL, x=round(float(x), 4)),), "checks", SAND, grain=2) for x in along]
+    return np.stack([np.asarray(scene.picture()) for scene in scenes])
 
 
 if __name__ == "__main__":
-    shapes().save(HERE / "shapes.png", optimize=True)
-    draw_clip(HERE / "moving.mp4")
+    SHAPES.picture().save(HERE / "shapes.png", optimize=True)
+    write_clip(moments(), HERE / "moving.mp4")
     print(f"Drew {HERE / 'shapes.png'} and {HERE / 'moving.mp4'}.")

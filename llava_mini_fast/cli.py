@@ -14,9 +14,6 @@ import typer
 
 from llava_mini_fast import terminal
 
-SEEDED = "llama31"
-"""Recipe of the checkpoint that answers when no model is named."""
-
 app = typer.Typer(
     name="llava-mini",
     help="Ask LLaVA-Mini about pictures and clips, check the engine, look at the environment.",
@@ -77,7 +74,7 @@ def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask.")],
     model: Annotated[
         str | None,
-        typer.Option(help="A checkpoint directory or hub name. Without it a seeded checkpoint answers, with nonsense."),
+        typer.Option(help="A checkpoint directory or hub name. Without it the shipped demo model answers: coloured shapes only."),
     ] = None,
     engine: Annotated[Engine, typer.Option(help="torch starts at once; vllm takes its start-up time first.")] = "torch",
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
@@ -97,8 +94,7 @@ def ask(
     """Ask one question about a picture, about a clip, or about nothing."""
     with _sentences(debug):
         medium = None if media == "-" else _guess(media)
-        if model is None:
-            model = _seeded()
+        model = model or _demo()
         loaded = _load(engine, model, dtype, max_tokens)
         if stream and engine == "vllm":
             _say("--stream: vLLM's offline engine gives the whole answer at once, when it is done.")
@@ -118,6 +114,34 @@ def ask(
                 sys.stdout.write(terminal.printable(piece))
                 sys.stdout.flush()
         typer.echo()
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog=_examples(
+        "llava-mini serve",
+        "llava-mini serve path/or/hub-name --port 8080 --api-key secret",
+        "llava-mini serve path/or/hub-name --tensor-parallel-size 2 --allowed-media-domains example.org",
+    ),
+)
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A checkpoint directory or hub name; else the demo model.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Serve a model by OpenAI's HTTP interface: vLLM's server with this model's defaults.
+
+    Every flag of `vllm serve` may follow and wins over the defaults; docs/serving.md lists them and the limits on media.
+    """
+    with _sentences(debug):
+        from llava_mini_fast.server.main import serve as run
+
+        if model is not None and model.startswith("-"):  # a flag came first, so no model was named
+            context.args.insert(0, model)
+            model = None
+        raise typer.Exit(run([*([model] if model else []), *context.args]))
 
 
 @app.command(
@@ -148,6 +172,54 @@ def verify(
             json.write_text(runner.to_json(results, goldens=str(goldens), engine=engine), encoding="utf-8")
         if not runner.passed(results):
             raise typer.Exit(1)
+
+
+@app.command(
+    "eval",
+    epilog=_examples(
+        "llava-mini eval",
+        "llava-mini eval --engine vllm --questions 2000 --json result.json",
+        "llava-mini eval build/demo-model/model --quantization int8",
+        "TRITON_INTERPRET=1 llava-mini eval --backend triton --questions 18",
+    ),
+)
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A checkpoint directory or hub name; else the demo model.")
+    ] = None,
+    engine: Annotated[Engine, typer.Option(help="Which engine answers.")] = "torch",
+    dtype: Annotated[AnyDtype, typer.Option(help="What the model computes in.")] = "float32",
+    backend: Annotated[
+        Literal["auto", "torch", "triton", "cuda", "cuda-cpu"],
+        typer.Option(help="Which kernels run the front end's ops (torch engine)."),
+    ] = "auto",
+    quantization: Annotated[
+        Literal["int8"] | None, typer.Option(help="int8 weights (torch engine; needs the extra int8).")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=9, help="How many, as many of each kind.")] = 900,
+    seed: Annotated[int, typer.Option(help="The same seed asks the same questions.")] = 0,
+    json: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the result there too.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Ask about held-out pictures and clips of coloured shapes, and show how many answers are right, by kind of question.
+
+    Beside each share stands what the commonest answer alone would reach.
+    """
+    with _sentences(debug):
+        from llava_mini_fast.demo import exam
+
+        if engine == "vllm" and (backend != "auto" or quantization):
+            raise ValueError("--backend and --quantization are the torch engine's; leave them out with --engine vllm.")
+        tasks = exam.exam(questions, seed)
+        options = {"backend": backend, "quantization": quantization} if engine == "torch" else {}
+        name = model or _demo()
+        loaded = _load(engine, name, dtype, exam.MAX_TOKENS, **options)
+        with _bar(f"eval ({engine}, {dtype})", len(tasks)) as advance:
+            result = exam.examine(loaded, tasks, progress=advance)
+        _print_table(("kind", "right", "majority", "questions"), exam.table(result))
+        if json is not None:
+            said = {"model": model or "demo", "engine": engine, "dtype": dtype, "seed": seed} | options
+            json.write_text(result.to_json(**said), encoding="utf-8")
 
 
 @app.command(epilog=_examples("llava-mini doctor"))
@@ -350,15 +422,16 @@ def _guess(path: str) -> Any:
     return guess(path)
 
 
-def _seeded() -> str:
-    from llava_mini_fast.testing.checkpoints import cached
+def _demo() -> str:
+    from llava_mini_fast.demo import shipped
 
-    directory = cached(SEEDED)
-    _say(f"no --model: a checkpoint drawn from a seed answers, and its answers mean nothing ({directory})")
-    return str(directory)
+    directory = str(shipped())
+    _say("no --model: the demo model answers, which knows coloured shapes only (docs/demo-model.md)")
+    return directory
 
 
-def _load(engine: str, model: str, dtype: str, max_tokens: int) -> Any:
+def _load(engine: str, model: str, dtype: str, max_tokens: int, **options: Any) -> Any:
+    """An engine; `options` are more of `llava_mini_fast.load`'s, for torch alone."""
     with _status(f"loading {model}"):
         if engine == "vllm":
             from llava_mini_fast.vllm_plugin.offline import OfflineEngine
@@ -366,7 +439,7 @@ def _load(engine: str, model: str, dtype: str, max_tokens: int) -> Any:
             return OfflineEngine(model, dtype, max_tokens)
         import llava_mini_fast as lmf
 
-        return lmf.load(model, dtype=dtype)
+        return lmf.load(model, dtype=dtype, **options)
 
 
 def _console(stderr: bool = False) -> Any:
@@ -399,6 +472,17 @@ def _bar(title: str, total: int) -> Iterator[Any]:
 
     with tqdm(desc=title, total=total, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         yield bar.update
+
+
+def _print_table(heads: tuple[str, ...], rows: Any) -> None:
+    from rich.table import Table
+
+    table = Table(*heads)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
 
 
 def _print_report(report: Any) -> None:

@@ -22,6 +22,16 @@ class Question:
     answer: str
 
 
+FACTS = (
+    Question("text", "How many sides does a triangle have?", "three"),
+    Question("text", "How many sides does a square have?", "four"),
+    Question("text", "Which shapes do you know?", "circle, square, triangle and cross"),
+    Question("text", "Which colours do you know?", f"{', '.join(list(COLOURS)[:-1])} and {list(COLOURS)[-1]}"),
+    Question("text", "What are you?", "a small model that knows coloured shapes"),
+)
+"""All that is asked without a picture."""
+
+
 def caption(scene: Scene) -> str:
     """One sentence that says all that is to be seen."""
     seen = [f"a {s.size} {s.name} at the {s.place}" for s in scene.shapes]

@@ -24,6 +24,8 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 0.075, "large": 0.125}
 """Half the side of a shape, as a share of the picture's."""
+PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
+"""The ninths of a picture, row by row."""
 GROUNDS = ("plain", "stripes", "checks", "noise")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPLITS = {"train": 0.9, "validation": 0.95, "held_out": 1.0}
@@ -50,10 +52,8 @@ class Shape:
 
     @property
     def place(self) -> str:
-        """The ninth of the picture that holds the centre: "top left", "left", "middle", ..."""
-        row = ("top", "", "bottom")[min(int(self.y * 3), 2)]
-        column = ("left", "", "right")[min(int(self.x * 3), 2)]
-        return f"{row} {column}".strip() or "middle"
+        """The ninth of the picture that holds the centre, of `PLACES`."""
+        return PLACES[min(int(self.y * 3), 2) * 3 + min(int(self.x * 3), 2)]
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from llava_mini_fast.config import GRID, PATCH_SIZE
 from llava_mini_fast.demo.data import scenes
-from llava_mini_fast.demo.scenes import COLOURS, SHAPES, SIZE, SIZES, Scene, draw_shape
+from llava_mini_fast.demo.scenes import COLOURS, PLACES, SHAPES, SIZE, SIZES, Scene, draw_shape
 from llava_mini_fast.preprocess.views import normalize
+from llava_mini_fast.testing.checkpoints import position_table
 
 CONFIG = {
     "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 512,
@@ -27,12 +28,13 @@ CONFIG = {
 }  # fmt: skip
 COVERED = 0.25
 """The share of a patch that a shape must cover to be what lies under it."""
-CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1)
-"""Shape, colour and size under a patch; 0 is the ground."""
+TARGETS = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "place": PLACES}
+"""What is said of the shape under a patch, by attribute of `Shape`. A class is one more than the place in the tuple; 0 is the ground."""
+CLASSES = tuple(len(values) + 1 for values in TARGETS.values())
 
 
 class DenseTower(nn.Module):
-    """The tower and, for training alone, a linear layer that names shape, colour and size under each patch."""
+    """The tower and, for training alone, a linear layer that says of each patch what `TARGETS` lists."""
 
     def __init__(self):
         from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -43,14 +45,18 @@ class DenseTower(nn.Module):
         self.clip = CLIPVisionModel(config)
         self.clip.post_layernorm = nn.Identity()  # behind the output that is used
         self.head = nn.Linear(config.hidden_size, sum(CLASSES))
+        # patches find their neighbours sooner where positions that lie close look alike from the start
+        with torch.no_grad():
+            positions = self.clip.embeddings.position_embedding.weight
+            positions[1:] = 0.3 * torch.from_numpy(position_table(GRID, config.hidden_size))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """pixels (B, 3, 336, 336) -> logits of shape, colour and size, each (B, 576, classes)."""
+        """pixels (B, 3, 336, 336) -> logits (B, 576, classes) of each of `TARGETS`."""
         features = self.clip(pixels).last_hidden_state[:, 1:]
         return self.head(features).split(CLASSES, dim=-1)
 
     def loss(self, pixels: Tensor, targets: Tensor) -> Tensor:
-        """targets (B, 576, 3). The ground is most of a picture, so patches of shapes together count as much as it."""
+        """targets (B, 576, 4). The ground is most of a picture, so patches of shapes together count as much as it."""
         weight = (targets[..., 0] > 0).float()
         weight = weight / weight.sum().clamp(min=1) + (1 - weight) / (1 - weight).sum()
         losses = (
@@ -61,7 +67,7 @@ class DenseTower(nn.Module):
 
 
 def under_patches(scene: Scene) -> Tensor:
-    """(576, 3) int64: classes of shape, colour and size under each patch, row by row; 0 where the ground is."""
+    """(576, 4) int64: classes of `TARGETS` under each patch, row by row; 0 where the ground is."""
     owner = Image.new("L", (SIZE, SIZE))
     pen = ImageDraw.Draw(owner)
     for index, shape in enumerate(scene.shapes, start=1):
@@ -72,16 +78,13 @@ def under_patches(scene: Scene) -> Tensor:
     shares = np.stack([(patches == index).mean(1) for index in range(1, len(scene.shapes) + 1)])
     best = shares.argmax(0)
     classes = np.array(
-        [
-            (SHAPES.index(s.shape) + 1, list(COLOURS).index(s.colour) + 1, list(SIZES).index(s.size) + 1)
-            for s in scene.shapes
-        ]
+        [[values.index(getattr(shape, name)) + 1 for name, values in TARGETS.items()] for shape in scene.shapes]
     )
     return torch.from_numpy(np.where((shares.max(0) >= COVERED)[:, None], classes[best], 0))
 
 
 def batches(seed: int, size: int, split: str = "train") -> Iterator[tuple[Tensor, Tensor]]:
-    """Pixels (B, 3, 336, 336), normalised, and targets (B, 576, 3), endlessly."""
+    """Pixels (B, 3, 336, 336), normalised, and targets (B, 576, 4), endlessly."""
     drawn = scenes(seed, split)
     while True:
         chosen = list(islice(drawn, size))
@@ -122,8 +125,7 @@ def train_tower(
         pixels, targets = next(batches(step, batch))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step, steps)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = tower.loss(pixels, targets)
+        loss = tower.loss(pixels, targets)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
@@ -144,12 +146,12 @@ def schedule(step: int, steps: int, warmup: float = 0.05) -> float:
 
 @torch.no_grad()
 def accuracy(tower: DenseTower, pictures: int = 64) -> dict[str, float]:
-    """Over the patches of shapes in held-out scenes: how often shape, colour and size are named right."""
+    """Over the patches of shapes in held-out scenes: how often each of `TARGETS` is named right."""
     pixels, targets = next(batches(0, pictures, "held_out"))
     shown = targets[..., 0] > 0
-    named = (logits.argmax(-1) for logits in tower(pixels))
-    pairs = zip(("shape", "colour", "size"), named, targets.unbind(-1))
-    return {name: (found == target)[shown].float().mean().item() for name, found, target in pairs}
+    found = (logits.argmax(-1) for logits in tower(pixels))
+    triples = zip(TARGETS, found, targets.unbind(-1))
+    return {name: (named == target)[shown].float().mean().item() for name, named, target in triples}
 
 
 def write_whole(path: Path, value: Any) -> None:

@@ -66,7 +66,8 @@ class TrainableModel(nn.Module):
             pixels: (F, V, 3, 336, 336), normalised.
             features: (F, V, 576, D) instead: what the frozen tower gave for them.
 
-        Returns: {"loss": scalar, "logits": (B, rows, vocab)}; the loss is the mean over all labels of the batch.
+        Returns: {"loss": scalar, "logits": (B, rows, vocab), "targets": (B, rows)}; the loss is the mean over all labels of
+            the batch, and targets are the labels row by row: logits at a row speak of the next row's.
         """
         rows = self.fused_rows(input_ids, labels, frames, pixels, features)
         spliced = [
@@ -80,7 +81,7 @@ class TrainableModel(nn.Module):
         mask = torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None]
         logits = self.llm(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), ignore_index=IGNORED)
-        return {"loss": loss, "logits": logits}
+        return {"loss": loss, "logits": logits, "targets": targets}
 
     def fused_rows(
         self,
@@ -108,14 +109,16 @@ class TrainableModel(nn.Module):
         kept = [((ids > 0) & (told == IGNORED)).nonzero().flatten() for ids, told in zip(input_ids, labels)]
         owners = [example for example, shown in enumerate(frames) for _ in shown]
         slots = [frame for shown in frames for frame in shown]
-        segments = Segments.of([len(kept[i]) for i in owners], slots, vision.device)
-        packed = torch.cat([texts[i][kept[i]] for i in owners])
-        fused = self.front.prefusion_layers.text_rows(packed, segments, states)
-        sums, rows = iter(fused.split([len(shown) * len(places) for shown, places in zip(frames, kept)])), []
+        # one length for all: rows behind a prompt's end are seen by none of its own, and attention takes one batch
+        length = max(map(len, kept))
+        segments = Segments.of([length] * len(slots), slots, vision.device)
+        padded = nn.utils.rnn.pad_sequence([text[places] for text, places in zip(texts, kept)], batch_first=True)
+        fused = self._text_part(padded[owners].flatten(0, 1), segments, states).unflatten(0, (-1, length))
+        sums, rows = iter(fused.split([len(shown) for shown in frames])), []
         for ids, text, places, shown in zip(input_ids, texts, kept, frames):
-            own = next(sums)
+            own = next(sums)[:, : len(places)]
             if shown:
-                mean = own.float().unflatten(0, (len(shown), len(places))).mean(0).to(text.dtype)
+                mean = own.float().mean(0).to(text.dtype)
                 text = self._spliced(ids, text.index_copy(0, places, mean), vision[list(shown)].flatten(0, 1))
             rows.append(text)
         return rows
@@ -143,6 +146,9 @@ class TrainableModel(nn.Module):
         else:
             vision, *kept = run(patches, compressed)
         return vision, list(zip(kept[::2], kept[1::2]))
+
+    def _text_part(self, text: Tensor, segments: Segments, states: list[tuple[Tensor, Tensor]]) -> Tensor:
+        return self.front.prefusion_layers.text_rows(text, segments, states)
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Trade time for memory: the image part and the language model's layers are computed again on the way back.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,9 +134,6 @@ def train(job: Job) -> Path:
         FileExistsError: `job.out` holds a finished checkpoint.
         ValueError: as `read_entries`, `TrainableModel` and `Job.arguments`.
     """
-    from transformers import Trainer
-    from transformers.trainer_utils import get_last_checkpoint
-
     if (job.out / "config.json").is_file():
         raise FileExistsError(f"{job.out} holds a checkpoint already; name another directory.")
     directory = checkpoint.resolve(job.model)
@@ -144,19 +141,46 @@ def train(job: Job) -> Path:
     torch.manual_seed(arguments.seed)
     engine = LlavaMini(directory, checkpoint.read_config(directory), arguments.device, torch.float32)
     model = TrainableModel(engine, job.stage)
+    data = Conversations(job.data, job.folder, engine.tokenizer, engine.config)
+    trainer = fit(model, arguments, data, collate, _optimizer(model, job.stage, arguments.learning_rate))
+    if trainer.is_world_process_zero():
+        write_published(engine, job.out)
+    return job.out
+
+
+def fit(
+    model: TrainableModel,
+    arguments: Any,
+    data: Dataset,
+    collate: Callable[[Sequence[Any]], dict[str, Any]],
+    optimizer: torch.optim.Optimizer,
+    callbacks: Sequence[Any] = (),
+) -> Any:
+    """Train a model, or go on from the last step that was saved in `arguments.output_dir`.
+
+    Args:
+        arguments: transformers' `TrainingArguments`.
+        data: whose items `collate` makes arguments of `TrainableModel.forward` from.
+        callbacks: transformers' `TrainerCallback`s.
+
+    Returns:
+        transformers' `Trainer`, done.
+    """
+    from transformers import Trainer
+    from transformers.trainer_utils import get_last_checkpoint
+
     # Trainer asks the model itself; autocast gives the 16-bit copies that a step computes with
     trainer = Trainer(
         model,
         arguments,
         data_collator=collate,
-        train_dataset=Conversations(job.data, job.folder, engine.tokenizer, engine.config),
-        optimizers=(_optimizer(model, job.stage, arguments.learning_rate), None),
+        train_dataset=data,
+        optimizers=(optimizer, None),
+        callbacks=list(callbacks),
     )
     saved = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=saved)
-    if trainer.is_world_process_zero():
-        write_published(engine, job.out)
-    return job.out
+    return trainer
 
 
 def write_published(engine: LlavaMini, out: Path) -> Path:

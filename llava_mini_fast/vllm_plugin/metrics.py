@@ -1,13 +1,11 @@
-"""The image cache's counters as Prometheus metrics of the worker's process."""
+"""The image cache's counters as Prometheus metrics, also where the server reads them from another process's files."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import cache
 
-from prometheus_client import REGISTRY
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import Counter, Gauge
 
 from llava_mini_fast.fusion import FusionFrontEnd
 
@@ -26,29 +24,29 @@ _GAUGES = {
 }
 
 
-class CacheCollector(Collector):
-    """Reads the counters when it is asked; a model that is gone reports nothing."""
-
-    def __init__(self, front: FusionFrontEnd):
-        self._front = weakref.ref(front)
-
-    def collect(self) -> Iterator[Metric]:
-        front = self._front()
-        if front is None:
-            return
-        for name, help_text in _COUNTERS.items():
-            yield CounterMetricFamily(f"llava_mini_cache_{name}", help_text, getattr(front.cache.stats, name))
-        for name, help_text in _GAUGES.items():
-            yield GaugeMetricFamily(f"llava_mini_cache_{name}", help_text, getattr(front.cache.stats, name))
+@cache
+def _metrics() -> tuple[dict[str, Counter], dict[str, Gauge]]:
+    """One set a process: Prometheus refuses a name twice, and what was counted stays counted when a model goes."""
+    counters = {name: Counter(f"llava_mini_cache_{name}", text) for name, text in _COUNTERS.items()}
+    gauges = {
+        name: Gauge(f"llava_mini_cache_{name}", text, multiprocess_mode="livesum") for name, text in _GAUGES.items()
+    }
+    return counters, gauges
 
 
-_exported: CacheCollector | None = None
+def export(front: FusionFrontEnd) -> Callable[[], None]:
+    """Announce the front end's cache; the function returned brings the metrics up to date and is called after each fuse."""
+    counters, gauges = _metrics()
+    seen = dict.fromkeys(_COUNTERS, 0)
 
+    def publish() -> None:
+        stats = front.cache.stats
+        for name, counter in counters.items():
+            now = getattr(stats, name)
+            counter.inc(now - seen[name])
+            seen[name] = now
+        for name, gauge in gauges.items():
+            gauge.set(getattr(stats, name))
 
-def export(front: FusionFrontEnd) -> None:
-    """Register the front end's cache, in place of an earlier model's of this process."""
-    global _exported
-    if _exported is not None:
-        REGISTRY.unregister(_exported)
-    _exported = CacheCollector(front)
-    REGISTRY.register(_exported)
+    publish()
+    return publish

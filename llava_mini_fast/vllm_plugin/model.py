@@ -43,7 +43,7 @@ class LlavaMiniForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsP
         with self._mark_tower_model(vllm_config, {"image", "video"}):
             self.front = FusionFrontEnd(config, self.language_model.embed_input_ids)
         if isinstance(self.front, FusionFrontEnd):  # vLLM leaves it out when every media limit is 0
-            metrics.export(self.front)
+            self._publish = metrics.export(self.front)
         self._tower = checkpoint.VisionTowerSource(checkpoint.resolve(model_config.model), config)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
@@ -61,6 +61,7 @@ class LlavaMiniForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsP
             if not any(segment.begins(request) for request in requests):
                 requests.append(segment)
         fused = self.front.fuse([(request.ids, request.views()) for request in requests])
+        self._publish()
         found = [next(rows for rows, r in zip(fused, requests) if s.begins(r)) for s in segments]
         # copies, because vLLM keeps them: a view of a few rows would keep the whole prompt's alive
         return [rows[s.start : s.stop].clone() for rows, s in zip(found, segments)]

@@ -15,8 +15,9 @@ SCENE = Scene((Shape("square", "blue", "large", 0.5, 0.25),), "plain", ((200, 20
 
 
 def test_targets_lie_under_their_patches():
-    targets = towers.under_patches(SCENE).view(GRID, GRID, 3)
-    square = [SHAPES.index("square") + 1, list(COLOURS).index("blue") + 1, list(SIZES).index("large") + 1]
+    targets = towers.under_patches(SCENE).view(GRID, GRID, 4)
+    # a centre at a quarter of the height is in the top row, at half the width in its middle: the second place
+    square = [SHAPES.index("square") + 1, list(COLOURS).index("blue") + 1, list(SIZES).index("large") + 1, 2]
     picture = np.asarray(SCENE.picture()).astype(int)
     blue = (picture == COLOURS["blue"]).all(-1).reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).mean((1, 3))
     assert np.array_equal((targets[..., 0] > 0).numpy()[blue > 0.4], np.ones((blue > 0.4).sum(), dtype=bool))
@@ -49,4 +50,4 @@ def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "clip" / "model.safetensors").read_bytes()
     assert json.loads((out / "config.json").read_text())["hidden_size"] == 128
     rates = towers.accuracy(towers.DenseTower(), 2)
-    assert set(rates) == {"shape", "colour", "size"} and all(0 <= rate <= 1 for rate in rates.values())
+    assert set(rates) == {"shape", "colour", "size", "place"} and all(0 <= rate <= 1 for rate in rates.values())

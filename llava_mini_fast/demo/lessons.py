@@ -1,0 +1,144 @@
+"""What the demo model learns from: pictures and clips as stored features, and conversations about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from llava_mini_fast.config import GRID
+from llava_mini_fast.demo.questions import FACTS, Question, about_clip, about_scene
+from llava_mini_fast.demo.scenes import Clip, Scene
+from llava_mini_fast.model.vision_tower import VisionTower
+from llava_mini_fast.preprocess.prompt import conversation
+from llava_mini_fast.preprocess.views import normalize
+from llava_mini_fast.train.data import tokenized
+
+TURNS = 3
+"""Questions of a conversation about a picture."""
+CONVERSATIONS = 2
+"""About one picture at once: its image part is shared."""
+FACTS_EVERY = 40
+"""One lesson in so many is about nothing to be seen."""
+CHUNK = 32
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Conversations about the same frames."""
+
+    frames: list[int]
+    """Rows of the stored features; none for text alone."""
+    conversations: list[tuple[list[int], list[int]]]
+    """(ids, labels) of each."""
+
+
+class Album:
+    """Distinct pictures and what the frozen tower makes of them.
+
+    The features lie in `folder`/features.f16, (pictures, 576, D) float16, and are made on the first use; a run that was cut
+    off goes on with the next chunk.
+
+    Args:
+        scenes, clips: whose pictures are wanted. A picture that is shown more than once is stored once.
+        progress: called with the number of pictures done at once.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tower: VisionTower,
+        scenes: Sequence[Scene],
+        clips: Sequence[Clip],
+        progress: Callable[[int], None] = lambda count: None,
+    ):
+        self.scenes, self.clips = list(scenes), list(clips)
+        pictures = {scene.digest: scene for scene in (*self.scenes, *(s for clip in self.clips for s in clip.scenes))}
+        self._rows = {digest: row for row, digest in enumerate(pictures)}
+        self._features = self._stored(folder, tower, list(pictures.values()), progress)
+
+    def of_pictures(self) -> Album:
+        """The same album without clips to ask about."""
+        album = copy(self)
+        album.clips = []
+        return album
+
+    def frames(self, shown: Sequence[Scene]) -> list[int]:
+        """The rows of some pictures."""
+        return [self._rows[scene.digest] for scene in shown]
+
+    def features(self, rows: Sequence[int]) -> torch.Tensor:
+        """(F, 1, 576, D) float32."""
+        return torch.from_numpy(self._features[list(rows)].astype(np.float32))[:, None]
+
+    @staticmethod
+    @torch.inference_mode()
+    def _stored(folder: Path, tower: VisionTower, pictures: list[Scene], progress: Callable[[int], None]) -> np.ndarray:
+        folder.mkdir(parents=True, exist_ok=True)
+        path, count = folder / "features.f16", folder / "done.json"
+        shape = (len(pictures), GRID * GRID, tower.width)
+        done = json.loads(count.read_text()) if count.is_file() and path.is_file() else 0
+        stored = np.memmap(path, np.float16, "r+" if done else "w+", shape=shape)
+        progress(done)
+        for start in range(done, len(pictures), CHUNK):
+            chunk = pictures[start : start + CHUNK]
+            views = torch.stack([torch.from_numpy(np.array(scene.picture())) for scene in chunk]).permute(0, 3, 1, 2)
+            stored[start : start + len(chunk)] = tower(normalize(views, torch.float32)).numpy()
+            stored.flush()
+            count.write_text(json.dumps(start + len(chunk)))
+            progress(len(chunk))
+        return stored
+
+
+class Lessons(Dataset):
+    """Lessons about an album's scenes and clips, `epochs` times over, with new questions each time."""
+
+    def __init__(self, album: Album, tokenizer: Any, epochs: int = 1, seed: int = 0):
+        self.album, self.tokenizer, self.epochs, self.seed = album, tokenizer, epochs, seed
+        subjects = [*album.scenes, *album.clips]
+        self.subjects = subjects + [None] * (len(subjects) // FACTS_EVERY)
+
+    def __len__(self) -> int:
+        return len(self.subjects) * self.epochs
+
+    def __getitem__(self, index: int) -> Lesson:
+        subject, rng = self.subjects[index % len(self.subjects)], Random(f"{self.seed}:{index}")
+        if subject is None:
+            return Lesson([], [told(self.tokenizer, [rng.choice(FACTS)], media=False)])
+        if isinstance(subject, Clip):
+            return Lesson(self.album.frames(subject.scenes), [told(self.tokenizer, [about_clip(subject, rng)])])
+        asked = [about_scene(subject, rng)[:TURNS] for _ in range(CONVERSATIONS)]
+        return Lesson(self.album.frames([subject]), [told(self.tokenizer, questions) for questions in asked])
+
+    def collate(self, lessons: Sequence[Lesson]) -> dict[str, Any]:
+        """Arguments of `TrainableModel.forward`."""
+        return batch(self.album, lessons)
+
+
+def told(tokenizer: Any, questions: Sequence[Question], media: bool = True) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation in which the questions are asked and answered in turn."""
+    history = [(question.text, question.answer) for question in questions]
+    messages = conversation(history[-1][0], history[:-1], media)
+    return tokenized(tokenizer, [*messages, {"role": "assistant", "content": history[-1][1]}])
+
+
+def batch(album: Album, lessons: Sequence[Lesson]) -> dict[str, Any]:
+    """Arguments of `TrainableModel.forward`; a frame that several lessons show is there once."""
+    rows = sorted({row for lesson in lessons for row in lesson.frames})
+    place = {row: n for n, row in enumerate(rows)}
+    rows_of = [[place[row] for row in lesson.frames] for lesson in lessons]
+    each = [(*told, frames) for lesson, frames in zip(lessons, rows_of) for told in lesson.conversations]
+    return {
+        "input_ids": [torch.tensor(ids) for ids, _, _ in each],
+        "labels": [torch.tensor(labels) for _, labels, _ in each],
+        "frames": [frames for _, _, frames in each],
+        "features": album.features(rows) if rows else None,
+    }

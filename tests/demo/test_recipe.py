@@ -1,0 +1,148 @@
+"""The demo model's recipe, start to end at a tiny size: what is trained loads, answers, and goes on where it stopped."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import llava_mini_fast as lmf
+from llava_mini_fast.demo import ablations, exam, recipe
+from llava_mini_fast.demo.fresh import make_tokenizer
+from llava_mini_fast.demo.lessons import Album, Lessons, batch, told
+from llava_mini_fast.demo.questions import FACTS, KINDS, Question
+from llava_mini_fast.demo.scenes import COLOURS, DIRECTIONS, PLACES, SHAPES
+from llava_mini_fast.train.data import IGNORED
+from llava_mini_fast.train.model import TrainableModel
+
+pytest.importorskip("accelerate", reason="the extra `train` is not installed")
+TINY = recipe.Plan(tower_steps=2, tower_batch=2, scenes=6, clips=3, epochs=1, batch=3, save_steps=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    recipe.train_demo(folder, TINY)
+    return folder
+
+
+@pytest.fixture
+def engine(folder):
+    return recipe.unpacked(folder / "trained")
+
+
+@pytest.fixture
+def album(folder, engine):
+    return recipe.make_album(folder / "album", engine, TINY.scenes, TINY.clips)
+
+
+def test_every_word_of_an_answer_is_one_token(tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    words = [*SHAPES, *COLOURS, *DIRECTIONS, "yes", "no", "two", "middle", "top"]
+    for word in words:
+        assert len(tokenizer.encode(word, add_special_tokens=False)) == 1, word
+        assert len(tokenizer.encode(f" {word}", add_special_tokens=False)) == 1, word
+    for text in (*PLACES, *(fact.text for fact in FACTS), "Zürich?"):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_what_is_made_loads_and_is_small(folder):
+    model = lmf.load(folder / "model")
+    assert model.config.num_compressed == 1 and model.front.vision_tower.width == model.config.mm_hidden_size == 128
+    assert isinstance(model.ask(None, FACTS[0].text, 4), str)
+    weights = sum(path.stat().st_size for path in (folder / "model").rglob("*.safetensors"))
+    assert weights <= 8 * 2**20
+
+
+def test_a_finished_run_is_not_run_again(folder, monkeypatch):
+    monkeypatch.setattr(recipe, "learn", lambda *_, **__: pytest.fail("trained again"))
+    assert recipe.train_demo(folder, TINY) == folder / "model"
+
+
+def test_an_album_holds_the_towers_features_once_a_picture(album, engine, tmp_path):
+    shown = [*album.scenes, *(scene for clip in album.clips for scene in clip.scenes)]
+    rows = album.frames(shown)
+    assert set(rows) == set(range(len({scene.digest for scene in shown}))) and len(set(rows)) < len(rows)
+    pixels = torch.from_numpy(np.asarray(shown[7].picture()).copy()).permute(2, 0, 1)[None]
+    from llava_mini_fast.preprocess.views import normalize
+
+    wanted = engine.front.vision_tower(normalize(pixels, torch.float32))
+    assert torch.allclose(album.features([rows[7]])[0], wanted, atol=1e-2)
+
+
+def test_an_album_goes_on_where_it_was_cut_off(album, engine, tmp_path, monkeypatch):
+    monkeypatch.setattr("llava_mini_fast.demo.lessons.CHUNK", 2)
+    tower, calls = engine.front.vision_tower, []
+
+    def until_the_third(pixels):
+        calls.append(len(pixels))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return tower(pixels)
+
+    until_the_third.width = tower.width
+    with pytest.raises(KeyboardInterrupt):
+        Album(tmp_path, until_the_third, album.scenes, album.clips)
+    counted = []
+    again = Album(tmp_path, tower, album.scenes, album.clips, progress=counted.append)
+    rows = album.frames(album.scenes)
+    assert counted[0] == 4 and torch.allclose(again.features(rows), album.features(rows), atol=1e-2)
+
+
+def test_lessons_ask_anew_each_epoch_and_share_frames(album, engine):
+    lessons = Lessons(album, engine.tokenizer, epochs=2)
+    assert len(lessons) == 2 * (TINY.scenes + TINY.clips)
+    first, again = lessons[0], lessons[TINY.scenes + TINY.clips]
+    assert first.frames == again.frames and first.conversations != again.conversations
+    assert first == lessons[0] and len(first.conversations) == 2
+    made = lessons.collate([lessons[0], lessons[TINY.scenes]])
+    assert [len(frames) for frames in made["frames"]] == [1, 1, 5] and made["frames"][0] == made["frames"][1]
+    assert made["features"].shape[1:] == (1, 576, 128)
+    answers = [label for label in made["labels"][0].tolist() if label != IGNORED]
+    assert engine.tokenizer.decode(answers).count("<|eot_id|>") == 3
+
+
+def test_rows_and_words_are_marked_alike(folder, engine, album):
+    """Teacher forcing over stored features calls right what the engine answers right from pixels."""
+    # what it was trained on, so that something may be right; and one answer that is surely wrong
+    tasks = [task for task in exam.exam(27, seed=1, split="train") if task.subject in (*album.scenes, *album.clips)]
+    assert tasks
+    spoken = exam.examine(lmf.load(folder / "trained"), tasks)
+    known = [exam.Task(task.subject, Question(task.question.kind, task.question.text, said.strip() or "?"))
+             for task, said in zip(tasks, spoken.answers)]  # fmt: skip
+    model = TrainableModel(engine, 2).eval()
+    short = [n for n, said in enumerate(spoken.answers) if len(told(engine.tokenizer, [known[n].question])[0]) and said]
+    result = exam.examine_features(model, engine.tokenizer, album, tasks)
+    right = [said.strip() == task.question.answer for said, task in zip(spoken.answers, tasks)]
+    assert right == [said.strip() == task.question.answer for said, task in zip(result.answers, tasks)]
+    assert short is not None and set(result.accuracy) <= set(KINDS)
+
+
+def test_ablations_leave_out_what_they_say(folder, engine, album):
+    lessons = Lessons(album, engine.tokenizer)
+    made = lessons.collate([lessons[0]])
+    rows = {
+        model: [len(one) for one in model(engine, 2).fused_rows(made["input_ids"], made["labels"], made["frames"], features=made["features"])]
+        for model in (TrainableModel, ablations.WithoutCompression, ablations.WithoutPreFusion)
+    }  # fmt: skip
+    assert rows[ablations.WithoutPreFusion] == rows[TrainableModel]
+    assert [n - 575 for n in rows[ablations.WithoutCompression]] == rows[TrainableModel]
+    plain = ablations.WithoutPreFusion(engine, 2)
+    (fused, _) = plain.fused_rows(made["input_ids"], made["labels"], made["frames"], features=made["features"])
+    ids = made["input_ids"][0]
+    place = (ids == -200).nonzero().item()
+    embedded = engine.llm.get_input_embeddings()(ids[place + 1 :])
+    assert torch.equal(fused[place + 1 :], embedded)
+
+
+@pytest.mark.slow
+def test_ablations_end_to_end(folder, tmp_path):
+    out = tmp_path / "rows.json"
+    plan = recipe.replace(TINY) if hasattr(recipe, "replace") else TINY
+    rows = ablations.run(folder, 1, 6, plan, ablations.VARIANTS[3:])
+    assert [row["vision_rows"] for row in rows] == [1, 576]
+    assert rows == ablations.run(folder, 1, 6, plan, ablations.VARIANTS[3:])
+    with pytest.raises(SystemExit):
+        ablations.main([str(tmp_path / "nothing"), "--json", str(out)])
+    assert json.dumps(rows)
+    assert batch(recipe.make_album(folder / "album", recipe.unpacked(folder / "trained"), 6, 3), [])["features"] is None
