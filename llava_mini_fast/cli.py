@@ -64,6 +64,7 @@ def _version(asked: bool) -> None:
     epilog=_examples(
         'llava-mini ask picture.png "What is this?" --model path/or/hub-name --stream',
         'llava-mini ask clip.mp4 "What happens?" --model path/or/hub-name --engine vllm --dtype bfloat16',
+        'llava-mini ask picture.png "Which shape is red?" --heatmap looked.png',
         'llava-mini ask - "What is a mural?" --model path/or/hub-name --temperature 0.7 --top-p 0.9',
     )
 )
@@ -89,11 +90,17 @@ def ask(
     style: Annotated[
         Style, typer.Option(help="The prompt as in training (chat) or as the published scripts send it.")
     ] = "chat",
+    heatmap: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Draw where the compressor looked, over the picture (torch engine)."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Ask one question about a picture, about a clip, or about nothing."""
     with _sentences(debug):
         medium = None if media == "-" else _guess(media)
+        if heatmap is not None and (medium is None or engine == "vllm"):
+            raise ValueError("--heatmap needs a picture or a clip, and the torch engine.")
         model = model or _demo()
         loaded = _load(engine, model, dtype, max_tokens)
         if stream and engine == "vllm":
@@ -114,6 +121,11 @@ def ask(
                 sys.stdout.write(terminal.printable(piece))
                 sys.stdout.flush()
         typer.echo()
+        if heatmap is not None:
+            from llava_mini_fast.heatmap import heatmap as drawn
+
+            drawn(loaded, medium).save(heatmap)
+            _say(f"where the compressor looked: {heatmap}")
 
 
 @app.command(

@@ -35,10 +35,10 @@ class Plan:
 
     tower_steps: int = 1600
     tower_batch: int = 16
-    scenes: int = 12000
-    clips: int = 3000
-    epochs: int = 2
-    batch: int = 30
+    scenes: int = 8000
+    clips: int = 4000
+    epochs: int = 3
+    batch: int = 15
     """Pictures and clips of a step; a picture brings two conversations of three questions."""
     learning_rate: float = 1e-3
     warmup: float = 0.05

@@ -14,7 +14,8 @@ TOKENS = 8
 def offline(model, medium, question, history=()):
     """The standalone engine's text for what `about` sends."""
     ours = None if medium is None else lmf.video(medium) if isinstance(medium, bytes) else lmf.image(medium)
-    return model("llama31").ask(ours, question, TOKENS, history=history)
+    # vLLM leaves out a last character that is not whole yet
+    return model("llama31").ask(ours, question, TOKENS, history=history).rstrip("\ufffd")
 
 
 @pytest.mark.parametrize("kind", ["image", "clip", "text"])
