@@ -75,7 +75,9 @@ def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask.")],
     model: Annotated[
         str | None,
-        typer.Option(help="A checkpoint directory or hub name. Without it the shipped demo model answers: coloured shapes only."),
+        typer.Option(
+            help="A checkpoint directory or hub name. Without it the shipped demo model answers: coloured shapes only."
+        ),
     ] = None,
     engine: Annotated[Engine, typer.Option(help="torch starts at once; vllm takes its start-up time first.")] = "torch",
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,

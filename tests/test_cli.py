@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import llava_mini_fast as lmf
 from llava_mini_fast import doctor
 from llava_mini_fast.cli import app
+from llava_mini_fast.demo import shipped
 from llava_mini_fast.terminal import printable
 from llava_mini_fast.testing.checkpoints import cached
 
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
 PICTURE, CLIP = ROOT / "examples" / "shapes.png", ROOT / "examples" / "moving.mp4"
 COMMAND = Path(sys.executable).with_name("llava-mini")
-SEEDED = "its answers mean nothing"
+DEMO = "knows coloured shapes only"
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +46,12 @@ def environment():
         logging.getLogger(name).setLevel(level)
 
 
+@pytest.fixture(scope="module")
+def demo():
+    """The demo model, which answers where none is named."""
+    return lmf.load(shipped())
+
+
 @pytest.fixture
 def invoke():
     """invoke(*arguments) -> result, with stdout, stderr and exit_code."""
@@ -59,7 +66,7 @@ def child(*arguments, **options):
 
 def failed(result, *words):
     """Exit status 1 and one sentence, without a traceback, that holds the words."""
-    (line,) = [line for line in result.stderr.splitlines() if SEEDED not in line]
+    (line,) = [line for line in result.stderr.splitlines() if DEMO not in line]
     assert result.exit_code == 1
     assert line.startswith("error: ")
     for word in words:
@@ -67,7 +74,7 @@ def failed(result, *words):
     return True
 
 
-@pytest.mark.parametrize("command", ["ask", "verify", "doctor", ""])
+@pytest.mark.parametrize("command", ["ask", "verify", "eval", "serve", "doctor", ""])
 def test_help_shows_examples(invoke, command):
     result = invoke(*filter(None, [command]), "--help")
     assert result.exit_code == 0
@@ -102,14 +109,23 @@ def test_version(invoke):
     ],
     ids=["picture", "clip", "text"],
 )
-def test_ask_prints_the_engines_answer(invoke, model, name, medium, extra):
-    expected = model("llama31").ask(medium(), "What is it?", 6, style=extra[1] if extra else "chat")
+def test_ask_prints_the_engines_answer(invoke, demo, name, medium, extra):
+    expected = demo.ask(medium(), "What is it?", 6, style=extra[1] if extra else "chat")
     for stream in ([], ["--stream"]):
         result = invoke("ask", name, "What is it?", "--max-tokens", 6, *extra, *stream)
         assert result.exit_code == 0
         assert result.stdout == printable(expected) + "\n"
         (said,) = result.stderr.splitlines()
-        assert SEEDED in said
+        assert DEMO in said
+
+
+def test_ask_draws_where_the_compressor_looked(invoke, tmp_path):
+    from PIL import Image
+
+    result = invoke("ask", PICTURE, "Which shape is red?", "--heatmap", tmp_path / "looked.png")
+    assert result.exit_code == 0 and "where the compressor looked" in result.stderr
+    assert Image.open(tmp_path / "looked.png").size == (336, 336)
+    assert failed(invoke("ask", "-", "Hello", "--heatmap", tmp_path / "x.png"), "--heatmap needs a picture")
 
 
 def test_ask_takes_a_model_and_samples(invoke, checkpoint):
@@ -223,13 +239,13 @@ def test_interrupt_exits_with_130(endless, when):
 
 
 @pytest.mark.slow
-def test_vllm_answers_like_torch(model):
-    expected = model("llama31").ask(lmf.image(PICTURE), "What is it?", 8)
-    result = child("ask", PICTURE, "What is it?", "--max-tokens", 8, "--engine", "vllm", "--stream")
+def test_vllm_answers_like_torch(demo):
+    expected = demo.ask(lmf.image(PICTURE), "Which shape is red?", 8)
+    result = child("ask", PICTURE, "Which shape is red?", "--max-tokens", 8, "--engine", "vllm", "--stream")
     assert result.returncode == 0, result.stderr
     assert result.stdout == printable(expected) + "\n"
     lines = result.stderr.splitlines()
-    assert SEEDED in lines[0]
+    assert DEMO in lines[0]
     assert "whole answer at once" in lines[1]
 
 

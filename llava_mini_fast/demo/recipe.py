@@ -33,8 +33,8 @@ from llava_mini_fast.train.recipe import fit, write_published
 class Plan:
     """How long each part learns, and on how much."""
 
-    tower_steps: int = 1600
-    tower_batch: int = 16
+    tower_steps: int = 3600
+    tower_batch: int = 8
     scenes: int = 8000
     clips: int = 4000
     epochs: int = 3

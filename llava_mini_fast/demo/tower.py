@@ -31,10 +31,12 @@ COVERED = 0.25
 TARGETS = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "place": PLACES}
 """What is said of the shape under a patch, by attribute of `Shape`. A class is one more than the place in the tuple; 0 is the ground."""
 CLASSES = tuple(len(values) + 1 for values in TARGETS.values())
+CELLS = 7
+"""Along one side of a patch. Which of a patch's cells a shape covers is learned too: outlines make forms tell apart."""
 
 
 class DenseTower(nn.Module):
-    """The tower and, for training alone, a linear layer that says of each patch what `TARGETS` lists."""
+    """The tower and, for training alone, linear layers that say what `TARGETS` lists of each patch, and its outline."""
 
     def __init__(self):
         from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -45,57 +47,78 @@ class DenseTower(nn.Module):
         self.clip = CLIPVisionModel(config)
         self.clip.post_layernorm = nn.Identity()  # behind the output that is used
         self.head = nn.Linear(config.hidden_size, sum(CLASSES))
+        self.outline = nn.Linear(config.hidden_size, CELLS * CELLS)
         # patches find their neighbours sooner where positions that lie close look alike from the start
         with torch.no_grad():
             positions = self.clip.embeddings.position_embedding.weight
             positions[1:] = 0.3 * torch.from_numpy(position_table(GRID, config.hidden_size))
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """pixels (B, 3, 336, 336) -> logits (B, 576, classes) of each of `TARGETS`."""
+    def forward(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
+        """pixels (B, 3, 336, 336) -> logits (B, 576, classes) of each of `TARGETS`, and of covered cells (B, 576, 49)."""
         features = self.clip(pixels).last_hidden_state[:, 1:]
-        return self.head(features).split(CLASSES, dim=-1)
+        return list(self.head(features).split(CLASSES, dim=-1)), self.outline(features)
 
-    def loss(self, pixels: Tensor, targets: Tensor) -> Tensor:
-        """targets (B, 576, 4). The ground is most of a picture, so patches of shapes together count as much as it."""
-        weight = (targets[..., 0] > 0).float()
-        weight = weight / weight.sum().clamp(min=1) + (1 - weight) / (1 - weight).sum()
-        losses = (
-            F.cross_entropy(logits.flatten(0, 1).float(), targets[..., n].flatten(), reduction="none")
-            for n, logits in enumerate(self(pixels))
-        )
-        return sum((loss * weight.flatten()).sum() for loss in losses) / 2
+    def loss(self, pixels: Tensor, targets: Tensor, cells: Tensor) -> Tensor:
+        """targets (B, 576, 4), cells (B, 576, 49) from 0 to 1.
+
+        The ground is most of a picture, so patches of shapes together count as much as it, and edges as much as the rest.
+        """
+        classes, outline = self(pixels)
+        shown = _halves(targets[..., 0] > 0)
+        losses = [
+            (F.cross_entropy(logits.flatten(0, 1), targets[..., n].flatten(), reduction="none") * shown.flatten()).sum()
+            for n, logits in enumerate(classes)
+        ]
+        covered = F.binary_cross_entropy_with_logits(outline, cells, reduction="none").mean(-1)
+        edge = cells.mean(-1)
+        return sum(losses) + (covered * _halves((edge > 0) & (edge < 1))).sum()
 
 
-def under_patches(scene: Scene) -> Tensor:
-    """(576, 4) int64: classes of `TARGETS` under each patch, row by row; 0 where the ground is."""
+def _halves(chosen: Tensor) -> Tensor:
+    """Weights that sum to a half over what is chosen, and to a half over the rest."""
+    chosen = chosen.float()
+    return (chosen / chosen.sum().clamp(min=1) + (1 - chosen) / (1 - chosen).sum().clamp(min=1)) / 2
+
+
+def under_patches(scene: Scene) -> tuple[Tensor, Tensor]:
+    """What lies under each patch, row by row.
+
+    Returns:
+        (576, 4) int64, classes of `TARGETS`, 0 where the ground is; and (576, 49) float32, how far each cell is covered.
+    """
     owner = Image.new("L", (SIZE, SIZE))
     pen = ImageDraw.Draw(owner)
     for index, shape in enumerate(scene.shapes, start=1):
         draw_shape(pen, shape, SIZE, index)
-    patches = (
-        np.asarray(owner).reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
-    )
+    pixels = np.asarray(owner)
+    patches = pixels.reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
     shares = np.stack([(patches == index).mean(1) for index in range(1, len(scene.shapes) + 1)])
     best = shares.argmax(0)
     classes = np.array(
         [[values.index(getattr(shape, name)) + 1 for name, values in TARGETS.items()] for shape in scene.shapes]
     )
-    return torch.from_numpy(np.where((shares.max(0) >= COVERED)[:, None], classes[best], 0))
+    size = PATCH_SIZE // CELLS
+    cells = (pixels > 0).reshape(GRID, CELLS, size, GRID, CELLS, size).mean((2, 5)).transpose(0, 2, 1, 3)
+    return (
+        torch.from_numpy(np.where((shares.max(0) >= COVERED)[:, None], classes[best], 0)),
+        torch.from_numpy(cells.reshape(GRID * GRID, -1)).float(),
+    )
 
 
-def batches(seed: int, size: int, split: str = "train") -> Iterator[tuple[Tensor, Tensor]]:
-    """Pixels (B, 3, 336, 336), normalised, and targets (B, 576, 4), endlessly."""
+def batches(seed: int, size: int, split: str = "train") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Pixels (B, 3, 336, 336), normalised, and what `under_patches` gives for each, endlessly."""
     drawn = scenes(seed, split)
     while True:
         chosen = list(islice(drawn, size))
         pictures = torch.stack([torch.from_numpy(np.array(scene.picture())) for scene in chosen]).permute(0, 3, 1, 2)
-        yield normalize(pictures, torch.float32), torch.stack([under_patches(scene) for scene in chosen])
+        targets, cells = zip(*map(under_patches, chosen))
+        yield normalize(pictures, torch.float32), torch.stack(targets), torch.stack(cells)
 
 
 def train_tower(
     folder: Path,
     steps: int,
-    batch: int = 16,
+    batch: int = 8,
     learning_rate: float = 1e-3,
     save_every: int = 100,
     progress: Callable[[int, float], None] = lambda step, loss: None,
@@ -122,10 +145,10 @@ def train_tower(
         done = state["steps"]
     for step in range(done, steps):
         # the scenes of a step depend on its number alone, so a run that goes on sees what an unbroken one would
-        pixels, targets = next(batches(step, batch))
+        drawn = next(batches(step, batch))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step, steps)
-        loss = tower.loss(pixels, targets)
+        loss = tower.loss(*drawn)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
@@ -147,9 +170,9 @@ def schedule(step: int, steps: int, warmup: float = 0.05) -> float:
 @torch.no_grad()
 def accuracy(tower: DenseTower, pictures: int = 64) -> dict[str, float]:
     """Over the patches of shapes in held-out scenes: how often each of `TARGETS` is named right."""
-    pixels, targets = next(batches(0, pictures, "held_out"))
+    pixels, targets, _ = next(batches(0, pictures, "held_out"))
     shown = targets[..., 0] > 0
-    found = (logits.argmax(-1) for logits in tower(pixels))
+    found = (logits.argmax(-1) for logits in tower(pixels)[0])
     triples = zip(TARGETS, found, targets.unbind(-1))
     return {name: (named == target)[shown].float().mean().item() for name, named, target in triples}
 

@@ -49,7 +49,9 @@ def rewritten(body: bytes) -> bytes:
     try:
         answer = json.loads(body)
         if "detail" in answer:  # FastAPI's own
-            answer = {"error": {"message": str(answer["detail"]), "type": "BadRequestError", "param": None, "code": None}}
+            answer = {
+                "error": {"message": str(answer["detail"]), "type": "BadRequestError", "param": None, "code": None}
+            }
         answer["error"]["message"] = sentence(str(answer["error"]["message"]))
     except (ValueError, KeyError, TypeError):
         return body

@@ -15,13 +15,15 @@ SCENE = Scene((Shape("square", "blue", "large", 0.5, 0.25),), "plain", ((200, 20
 
 
 def test_targets_lie_under_their_patches():
-    targets = towers.under_patches(SCENE).view(GRID, GRID, 4)
+    targets, cells = towers.under_patches(SCENE)
+    targets = targets.view(GRID, GRID, 4)
     # a centre at a quarter of the height is in the top row, at half the width in its middle: the second place
     square = [SHAPES.index("square") + 1, list(COLOURS).index("blue") + 1, list(SIZES).index("large") + 1, 2]
     picture = np.asarray(SCENE.picture()).astype(int)
     blue = (picture == COLOURS["blue"]).all(-1).reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).mean((1, 3))
     assert np.array_equal((targets[..., 0] > 0).numpy()[blue > 0.4], np.ones((blue > 0.4).sum(), dtype=bool))
     assert not targets[..., 0].numpy()[blue < 0.1].any()
+    assert np.abs(cells.view(GRID, GRID, -1).mean(-1).numpy() - blue).max() < 0.2 and set(cells[0].tolist()) == {0.0}
     assert torch.equal(targets[int(0.25 * GRID), GRID // 2], torch.tensor(square))
 
 

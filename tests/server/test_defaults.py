@@ -50,7 +50,9 @@ def test_defaults_fit_the_checkpoint(checkpoint):
 
 
 def test_vllms_flags_win(checkpoint):
-    options = main.parsed([str(checkpoint("llama31")), "--max-model-len", "100", "--port", "1234", "--middleware", "a.b"])
+    options = main.parsed(
+        [str(checkpoint("llama31")), "--max-model-len", "100", "--port", "1234", "--middleware", "a.b"]
+    )
     assert (options.max_model_len, options.port, options.shutdown_timeout) == (100, 1234, main.DRAIN_SECONDS)
     assert options.middleware[0] == "a.b" and options.middleware[-1].endswith("Tidy")
     assert options.model == str(checkpoint("llama31"))

@@ -15,7 +15,9 @@ from PIL import Image
 
 from llava_mini_fast.testing.serving import MODEL, about, bomb, clip, data_url, picture, png
 
-FORBIDDEN = re.compile(r"/\w+/\w+|0x[0-9a-f]{4}|Traceback|\bobject at\b|\d+\.\d+\.\d+\.\d+|localhost|passwd|[<{]\w+[ '\"]")
+FORBIDDEN = re.compile(
+    r"/\w+/\w+|0x[0-9a-f]{4}|Traceback|\bobject at\b|\d+\.\d+\.\d+\.\d+|localhost|passwd|[<{]\w+[ '\"]"
+)
 """What an answer must not hold: a path, an address, a Python object's repr, or markup."""
 
 
@@ -28,7 +30,11 @@ def video_part(url):
 
 
 def asking(*parts):
-    return {"model": MODEL, "max_tokens": 2, "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}]}
+    return {
+        "model": MODEL,
+        "max_tokens": 2,
+        "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}],
+    }
 
 
 def saved(kind, **options):

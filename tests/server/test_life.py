@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +24,7 @@ def ended(server, seconds):
 
 def test_a_dead_engine_ends_the_server(start):
     server = start()
-    engine = next(pid for pid in server.descendants() if "EngineCore" in open(f"/proc/{pid}/cmdline").read())
+    engine = next(pid for pid in server.descendants() if "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text())
     os.kill(engine, signal.SIGKILL)
     last = ended(server, 60)
     assert server.process.returncode == 1
@@ -48,7 +49,11 @@ def test_sigterm_lets_a_stream_end(start):
 @pytest.mark.slow
 def test_two_minutes_of_32_clients(server):
     """No error, and every answer is the one that the request gets alone."""
-    pool = [[about(picture(seed), question)] for seed in range(6) for question in ("What is this?", "Where?", "Why is it so?")]
+    pool = [
+        [about(picture(seed), question)]
+        for seed in range(6)
+        for question in ("What is this?", "Where?", "Why is it so?")
+    ]
     pool += [[about(clip(seconds=n + 2, seed=n), "What happens?")] for n in range(4)]
     pool += [[about(None, text)] for text in ("Hello there.", "What is a mural?", "Name a colour.")]
     alone = {}

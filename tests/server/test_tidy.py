@@ -37,7 +37,13 @@ def answered(status, body, kind=b"application/json", pieces=1):
     sent = []
 
     async def inner(scope, receive, send):
-        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind), (b"content-length", b"9")]})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [(b"content-type", kind), (b"content-length", b"9")],
+            }
+        )
         size = max(1, len(body) // pieces)
         parts = [body[i : i + size] for i in range(0, len(body), size)] or [b""]
         for n, part in enumerate(parts):
