@@ -6,7 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -156,6 +156,40 @@ def serve(
             context.args.insert(0, model)
             model = None
         raise typer.Exit(run([*([model] if model else []), *context.args]))
+
+
+@app.command(
+    epilog=_examples(
+        "llava-mini web",
+        "llava-mini web --endpoint http://host:8000/v1 --api-key secret --model path/or/hub-name --port 7861",
+    )
+)
+def web(
+    endpoint: Annotated[
+        str, typer.Option(help="Where a server answers (llava-mini serve).")
+    ] = "http://127.0.0.1:8000/v1",
+    api_key: Annotated[str, typer.Option(help="The server's key, where it asks for one.")] = "none",
+    model: Annotated[
+        str | None,
+        typer.Option(help="The served checkpoint, for heat maps, whose front end is loaded here; else the demo model."),
+    ] = None,
+    heatmap: Annotated[bool, typer.Option("--heatmap/--no-heatmap", help="Offer heat maps.")] = True,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen on.")] = 7860,
+    debug: Debug = False,
+) -> None:
+    """Show a web page that asks a server about pictures and clips. Needs the extra web."""
+    with _sentences(debug):
+        from llava_mini_fast import web as pages
+
+        examples = None
+        with suppress(FileNotFoundError):
+            from llava_mini_fast.demo import examples as found
+
+            examples = found()
+        look = pages.looker(model or _demo()) if heatmap else None
+        typer.echo(f"the page: http://{host}:{port} (asks {endpoint})")
+        pages.serve(pages.Endpoint(endpoint, api_key), host, port, look, examples)
 
 
 @app.command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llava_mini_fast.config import IMAGE_SIZE
+from llava_mini_fast import checkpoint
+from llava_mini_fast.config import IMAGE_SIZE, LlavaMiniConfig
+from llava_mini_fast.fusion import FusionFrontEnd
 from llava_mini_fast.media import Media
 from llava_mini_fast.model.vision_tower import grid_of_tiles
 from llava_mini_fast.preprocess.views import normalize, stream
@@ -23,12 +26,30 @@ _HEAT = np.array([[0, 0, 0], [90, 0, 110], [220, 50, 40], [255, 170, 0], [255, 2
 """From no attention to the most."""
 
 
+@dataclass(frozen=True)
+class Front:
+    """As much of a loaded model as a heat map needs."""
+
+    front: FusionFrontEnd
+    config: LlavaMiniConfig
+
+
+def load_front(path: str) -> Front:
+    """A checkpoint's front end without its language model, in float32 on the CPU. Errors as `llava_mini_fast.load`."""
+    directory = checkpoint.resolve(path)
+    config = checkpoint.read_config(directory)
+    front = FusionFrontEnd(config, lambda ids: torch.zeros(len(ids), config.hidden_size))
+    front.requires_grad_(False).eval()
+    front.load_weights(checkpoint.front_end_weights(directory, config))
+    return Front(front, config)
+
+
 @torch.inference_mode()
 def attention(model: Any, media: Media) -> tuple[Tensor, Tensor]:
     """The compressor's weights for each of the first `MOST_FRAMES` frames.
 
     Args:
-        model: of `llava_mini_fast.load`.
+        model: of `llava_mini_fast.load` or `load_front`.
 
     Returns:
         Weights (F, Q, g, g) float32, each grid of which sums to 1 (g is 24, in HD 48), and the frames as the model sees

@@ -17,13 +17,13 @@ FPS = 4
 """Of the clips' files: each moment is held for a second."""
 
 
-def scenes(seed: int, split: str) -> Iterator[Scene]:
-    """Scenes of one split, endlessly, the same for the same seed.
+def scenes(seed: int, split: str, count: int | None = None) -> Iterator[Scene]:
+    """Scenes of one split, of one to four shapes or of `count`, endlessly, the same for the same seed.
 
     Raises:
         ValueError: an unknown split.
     """
-    return _of_split(seed, split, draw_scene)
+    return _of_split(seed, split, lambda rng: draw_scene(rng, count))
 
 
 def clips(seed: int, split: str) -> Iterator[Clip]:

@@ -33,7 +33,7 @@ from llava_mini_fast.train.recipe import fit, write_published
 class Plan:
     """How long each part learns, and on how much."""
 
-    tower_steps: int = 3600
+    tower_steps: int = 4500
     tower_batch: int = 8
     scenes: int = 8000
     clips: int = 4000

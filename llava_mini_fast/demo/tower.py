@@ -26,6 +26,8 @@ CONFIG = {
     "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 336, "patch_size": PATCH_SIZE, "num_channels": 3,
     "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128,
 }  # fmt: skip
+CROWD, LOOKED_AT, WHOLE = 6, 224, 0.15
+"""Most of the training is on crowded scenes, of which only that many patches are looked at; the last share on whole ones."""
 COVERED = 0.25
 """The share of a patch that a shape must cover to be what lies under it."""
 TARGETS = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "place": PLACES}
@@ -53,17 +55,29 @@ class DenseTower(nn.Module):
             positions = self.clip.embeddings.position_embedding.weight
             positions[1:] = 0.3 * torch.from_numpy(position_table(GRID, config.hidden_size))
 
-    def forward(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
-        """pixels (B, 3, 336, 336) -> logits (B, 576, classes) of each of `TARGETS`, and of covered cells (B, 576, 49)."""
-        features = self.clip(pixels).last_hidden_state[:, 1:]
+    def forward(self, pixels: Tensor, kept: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """What the layers say of patches.
+
+        Args:
+            pixels: (B, 3, 336, 336).
+            kept: (B, K), which patches of each picture to look at; all 576 when None.
+
+        Returns: logits (B, K, classes) of each of `TARGETS`, and of covered cells (B, K, 49).
+        """
+        rows = self.clip.embeddings(pixels)
+        if kept is not None:
+            rows = torch.cat([rows[:, :1], _of(rows[:, 1:], kept)], dim=1)
+        features = self.clip.encoder(inputs_embeds=self.clip.pre_layrnorm(rows)).last_hidden_state[:, 1:]
         return list(self.head(features).split(CLASSES, dim=-1)), self.outline(features)
 
-    def loss(self, pixels: Tensor, targets: Tensor, cells: Tensor) -> Tensor:
-        """targets (B, 576, 4), cells (B, 576, 49) from 0 to 1.
+    def loss(self, pixels: Tensor, targets: Tensor, cells: Tensor, kept: Tensor | None = None) -> Tensor:
+        """targets (B, 576, 4), cells (B, 576, 49) from 0 to 1, kept as in `forward`.
 
         The ground is most of a picture, so patches of shapes together count as much as it, and edges as much as the rest.
         """
-        classes, outline = self(pixels)
+        classes, outline = self(pixels, kept)
+        if kept is not None:
+            targets, cells = _of(targets, kept), _of(cells, kept)
         shown = _halves(targets[..., 0] > 0)
         losses = [
             (F.cross_entropy(logits.flatten(0, 1), targets[..., n].flatten(), reduction="none") * shown.flatten()).sum()
@@ -72,6 +86,23 @@ class DenseTower(nn.Module):
         covered = F.binary_cross_entropy_with_logits(outline, cells, reduction="none").mean(-1)
         edge = cells.mean(-1)
         return sum(losses) + (covered * _halves((edge > 0) & (edge < 1))).sum()
+
+
+def _of(rows: Tensor, kept: Tensor) -> Tensor:
+    """rows (B, N, D), kept (B, K) -> (B, K, D)."""
+    return rows.gather(1, kept[..., None].expand(-1, -1, rows.shape[-1]))
+
+
+def most_covered(cells: Tensor, count: int) -> Tensor:
+    """The patches to look at where only some are: those that shapes cover, and for the rest any.
+
+    Args:
+        cells: (B, 576, 49).
+
+    Returns: (B, count) int64.
+    """
+    covered = (cells.mean(-1) > 0).float()
+    return (covered + torch.rand(covered.shape)).topk(count, dim=1).indices.sort(dim=1).values
 
 
 def _halves(chosen: Tensor) -> Tensor:
@@ -105,9 +136,11 @@ def under_patches(scene: Scene) -> tuple[Tensor, Tensor]:
     )
 
 
-def batches(seed: int, size: int, split: str = "train") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Pixels (B, 3, 336, 336), normalised, and what `under_patches` gives for each, endlessly."""
-    drawn = scenes(seed, split)
+def batches(
+    seed: int, size: int, split: str = "train", count: int | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Pixels (B, 3, 336, 336), normalised, and what `under_patches` gives for each, endlessly; `count` as in `scenes`."""
+    drawn = scenes(seed, split, count)
     while True:
         chosen = list(islice(drawn, size))
         pictures = torch.stack([torch.from_numpy(np.array(scene.picture())) for scene in chosen]).permute(0, 3, 1, 2)
@@ -144,11 +177,14 @@ def train_tower(
         optimizer.load_state_dict(state["optimizer"])
         done = state["steps"]
     for step in range(done, steps):
-        # the scenes of a step depend on its number alone, so a run that goes on sees what an unbroken one would
-        drawn = next(batches(step, batch))
+        # all that is drawn in a step depends on its number alone, so a run that goes on sees what an unbroken one would
+        torch.manual_seed(step)
+        whole = step >= steps * (1 - WHOLE)
+        drawn = next(batches(step, batch, count=None if whole else CROWD))
+        kept = None if whole else most_covered(drawn[2], LOOKED_AT)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step, steps)
-        loss = tower.loss(*drawn)
+        loss = tower.loss(*drawn, kept)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(tower.parameters(), 1.0)

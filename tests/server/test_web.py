@@ -1,0 +1,152 @@
+"""The web page in headless Chromium, over a real server: ask, see the answer stream, ask again, upload a bad file."""
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from llava_mini_fast.testing.serving import picture
+
+pytest.importorskip("gradio", reason="the extra `web` is not installed")
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+if not (shutil.which("chromium") and shutil.which("chromedriver")):
+    pytest.skip("there is no chromium with its driver (Debian: chromium, chromium-driver)", allow_module_level=True)
+
+PATIENCE = 60
+
+
+@pytest.fixture(scope="module")
+def url(server, checkpoint, tmp_path_factory):
+    """Of the page, which asks the server about the tiny checkpoint."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        Path(sys.executable).with_name("llava-mini"), "web", "--endpoint", f"{server.url}/v1", "--port", str(port),
+        "--model", str(checkpoint("llama31")),
+    ]  # fmt: skip
+    log = tmp_path_factory.mktemp("web") / "log"
+    with log.open("wb") as out:
+        child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    end = time.monotonic() + 120
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5).close()
+            break
+        except OSError:
+            assert child.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+            time.sleep(0.3)
+    yield f"http://127.0.0.1:{port}"
+    child.kill()
+    child.wait()
+
+
+@pytest.fixture
+def browser(url):
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-gpu",
+        "--window-size=1300,1200",
+    ):
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    driver.get(url)
+    yield driver
+    driver.quit()
+
+
+def find(browser, css):
+    """The element, once it is there."""
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    return WebDriverWait(browser, PATIENCE).until(lambda b: b.find_elements("css selector", css))[0]
+
+
+def until(condition, *more):
+    end = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        assert time.monotonic() < end, more
+        time.sleep(0.1)
+    return found
+
+
+def upload(browser, path):
+    find(browser, "#medium input[type=file]").send_keys(str(path))
+
+
+def ask(browser, text):
+    from selenium.webdriver.common.keys import Keys
+
+    box = find(browser, "#question textarea")
+    box.clear()
+    box.send_keys(text)
+    box.send_keys(Keys.ENTER)
+
+
+def answers(browser):
+    """The texts of the chat's answers."""
+    return [element.text for element in browser.find_elements("css selector", "#chat .bot.message")]
+
+
+def test_ask_stream_and_ask_again(browser, server, tmp_path):
+    path = tmp_path / "picture.png"
+    picture(1).save(path)
+    upload(browser, path)
+    until(lambda: browser.find_elements("css selector", "#picture img"))
+    ask(browser, "What is this?")
+    lengths = set()
+
+    def grown():
+        lengths.update(len(text) for text in answers(browser))
+        return len(lengths - {0}) > 1
+
+    until(grown, "the answer did not come in pieces", lengths)
+    until(lambda: find(browser, "#question textarea").get_attribute("value") == "" and len(answers(browser)) == 1)
+    time.sleep(1)
+    before = server.metric("llava_mini_cache_misses_total")
+    until(lambda: server.metric("vllm:num_requests_running") == 0)
+    ask(browser, "Where is it?")
+    until(lambda: len(answers(browser)) == 2)
+    assert server.metric("llava_mini_cache_misses_total") == before
+    find(browser, "#new").click()
+    until(lambda: not answers(browser))
+
+
+def test_a_bad_file_is_a_sentence_and_the_next_good_one_is_answered(browser, tmp_path):
+    bad, good = tmp_path / "bad.png", tmp_path / "good.png"
+    bad.write_bytes(b"I am no picture")
+    picture(2).save(good)
+    upload(browser, bad)
+    said = until(lambda: find(browser, "#status").text)
+    assert "picture" in said and "/" not in said.replace("picture or clip", "")
+    find(browser, "#medium button[aria-label='Remove this file'], #medium .icon-button, #medium button").click()
+    until(lambda: browser.find_elements("css selector", "#medium input[type=file]"))
+    upload(browser, good)
+    until(lambda: browser.find_elements("css selector", "#picture img"))
+    ask(browser, "What is this?")
+    until(lambda: answers(browser))
+
+
+def test_the_heat_map_is_drawn(browser, tmp_path):
+    path = tmp_path / "picture.png"
+    picture(3).save(path)
+    upload(browser, path)
+    until(lambda: browser.find_elements("css selector", "#picture img"))
+    find(browser, "#look").click()
+    until(lambda: browser.find_elements("css selector", "#map img"))
+
+
+def test_a_server_that_is_not_there_is_a_sentence():
+    from llava_mini_fast.web import Endpoint
+
+    with pytest.raises(ValueError, match="does not answer; start it with llava-mini serve"):
+        list(Endpoint("http://127.0.0.1:9/v1").answer(None, "Hello", []))
