@@ -35,12 +35,12 @@ class Plan:
 
     tower_steps: int = 4500
     tower_batch: int = 8
-    scenes: int = 8000
-    clips: int = 4000
+    scenes: int = 6500
+    clips: int = 3250
     epochs: int = 3
     batch: int = 15
     """Pictures and clips of a step; a picture brings two conversations of three questions."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     warmup: float = 0.05
     save_steps: int = 100
 

@@ -7,7 +7,7 @@ compressor is not folded, answers are masked out of pre-fusion, and in stage 1 t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from llava_mini_fast.model.splice import splice
 from llava_mini_fast.model.vision_tower import grid_of_tiles
 from llava_mini_fast.ops.segments import Segments
 from llava_mini_fast.train.data import IGNORED
+
+
+_HEAD, _EMBEDDINGS = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
 
 
 class TrainableModel(nn.Module):
@@ -149,6 +152,19 @@ class TrainableModel(nn.Module):
 
     def _text_part(self, text: Tensor, segments: Segments, states: list[tuple[Tensor, Tensor]]) -> Tensor:
         return self.front.prefusion_layers.text_rows(text, segments, states)
+
+    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """As of any module, but with a weight that two names share under one of them: safetensors takes no other."""
+        state = super().state_dict(*arguments, **options)
+        if self.llm.config.tie_word_embeddings:
+            state.pop(_HEAD, None)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *arguments: Any, **options: Any) -> Any:
+        """Takes what `state_dict` gives."""
+        if self.llm.config.tie_word_embeddings:
+            state_dict = dict(state_dict) | {_HEAD: state_dict[_EMBEDDINGS]}
+        return super().load_state_dict(state_dict, *arguments, **options)
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Trade time for memory: the image part and the language model's layers are computed again on the way back.

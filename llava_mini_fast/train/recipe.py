@@ -167,7 +167,6 @@ def fit(
         transformers' `Trainer`, done.
     """
     from transformers import Trainer
-    from transformers.trainer_utils import get_last_checkpoint
 
     # Trainer asks the model itself; autocast gives the 16-bit copies that a step computes with
     trainer = Trainer(
@@ -178,9 +177,14 @@ def fit(
         optimizers=(optimizer, None),
         callbacks=list(callbacks),
     )
-    saved = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=saved)
+    trainer.train(resume_from_checkpoint=_last_saved(Path(arguments.output_dir)))
     return trainer
+
+
+def _last_saved(folder: Path) -> str | None:
+    """The last checkpoint of a Trainer that is whole: its state is written after everything else."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.partition("-")[2]))) if whole else None
 
 
 def write_published(engine: LlavaMini, out: Path) -> Path:

@@ -8,7 +8,7 @@ import torch
 import llava_mini_fast as lmf
 from llava_mini_fast.checkpoint import Tensors
 from llava_mini_fast.demo.data import make_data
-from llava_mini_fast.train.recipe import Job, train
+from llava_mini_fast.train.recipe import Job, _last_saved, train
 
 pytest.importorskip("accelerate", reason="the extra `train` is not installed")
 
@@ -54,6 +54,15 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(checkpoint, data, tmp_p
     assert losses[0] == losses[1] and len(losses[0]) == 4
     with pytest.raises(FileExistsError, match="holds a checkpoint already"):
         train(job(checkpoint, data, tmp_path / "whole"))
+
+
+def test_only_whole_checkpoints_count(tmp_path):
+    assert _last_saved(tmp_path) is None
+    for step, whole in ((2, True), (10, True), (12, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert _last_saved(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 def test_stage_1_changes_the_projector_alone_and_the_result_is_served(checkpoint, data, tmp_path, golden):
