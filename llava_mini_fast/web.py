@@ -81,8 +81,9 @@ def page(endpoint: Endpoint, look: Callable[[str], Any] | None = None, examples:
                 medium = gr.File(label="Picture or clip", type="filepath", elem_id="medium")
                 picture = gr.Image(label="Picture", visible=False, interactive=False, elem_id="picture")
                 clip = gr.Video(label="Clip", visible=False, interactive=False, elem_id="clip")
-                found = sorted(examples.glob("*.[pm][np][g4]")) if examples else []
-                for file in found:
+                for file in (
+                    sorted(path for path in examples.iterdir() if path.suffix in (".png", ".mp4")) if examples else ()
+                ):
                     gr.Button(f"Try {file.name}", elem_id=f"try-{file.stem}").click(
                         lambda path=str(file): path, outputs=medium
                     )

@@ -56,9 +56,7 @@ def train_demo(folder: Path, plan: Plan | None = None) -> Path:
     """
     plan = plan or Plan()
     with _bar("tower", plan.tower_steps) as shown:
-        tower = train_tower(
-            folder / "tower", plan.tower_steps, plan.tower_batch, progress=lambda step, loss: shown(step, loss)
-        )
+        tower = train_tower(folder / "tower", plan.tower_steps, plan.tower_batch, progress=shown)
     fresh = folder / "fresh"
     if not (fresh / "config.json").is_file():
         make_fresh(fresh, tower)

@@ -97,14 +97,19 @@ def defaults(model: str) -> list[str]:
     Raises:
         FileNotFoundError, ValueError: the model can't be had or is of another kind.
     """
+    import torch
     from transformers import AutoTokenizer
 
     from llava_mini_fast import checkpoint
     from llava_mini_fast.hf_config import register_config
+    from llava_mini_fast.precision import choose_dtype
     from llava_mini_fast.preprocess.prompt import is_llama_3
     from llava_mini_fast.vllm_plugin.offline import max_context
 
     register_config()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # checkpoints are stored in float16, which CPUs multiply slowly
+    dtype = [] if device.type == "cuda" else ["--dtype", str(choose_dtype("auto", device)[0]).removeprefix("torch.")]
     directory = checkpoint.resolve(model)
     config = checkpoint.read_config(directory)
     kind = "llama-3.1" if is_llama_3(AutoTokenizer.from_pretrained(directory)) else "vicuna"
@@ -113,6 +118,7 @@ def defaults(model: str) -> list[str]:
         "--max-model-len", str(max_context(config, MAX_NEW_TOKENS)),
         "--shutdown-timeout", str(DRAIN_SECONDS),
         "--enable-prompt-tokens-details",
+        *dtype,
     ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from llava_mini_fast.testing.serving import MODEL, about, clip, picture
 
+pytestmark = pytest.mark.slow
 SECONDS = 120
 CLIENTS = 32
 MARGIN = 1e-3
@@ -46,7 +47,6 @@ def test_sigterm_lets_a_stream_end(start):
     assert server.process.returncode == 0
 
 
-@pytest.mark.slow
 def test_two_minutes_of_32_clients(server):
     """No error, and every answer is the one that the request gets alone."""
     pool = [

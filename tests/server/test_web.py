@@ -17,6 +17,7 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not in
 if not (shutil.which("chromium") and shutil.which("chromedriver")):
     pytest.skip("there is no chromium with its driver (Debian: chromium, chromium-driver)", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
 PATIENCE = 60
 
 
