@@ -91,11 +91,10 @@ def _one(folder: Path, directory: Path, variant: Variant, steps: int, tasks: lis
     engine = unpacked(fresh)
     model = variant.model(engine, 2)
     album = make_album(folder / "album", engine, plan.scenes, plan.clips)
-    trainer = learn(model, engine, album.of_pictures(), plan, directory / "trainer", max_steps=steps)
+    losses = learn(model, engine, album.of_pictures(), plan, directory / "trainer", max_steps=steps)
     shown = {task.subject.digest: task.subject for task in tasks}
     held_out = Album(folder / f"held-out-{len(tasks)}", engine.front.vision_tower, list(shown.values()), [])
     result = examine_features(model.eval(), engine.tokenizer, held_out, tasks)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "variant": variant.name, "vision_rows": variant.vision_rows, "steps": steps, "last_loss": losses[-1],
         "accuracy": result.accuracy, "overall": result.overall, "majority": result.majority,
@@ -114,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not (chosen.folder / "tower" / "clip" / "config.json").is_file():
         parser.error(f"{chosen.folder} has no trained tower; run python -m llava_mini_fast.demo.recipe {chosen.folder}")
     variants = tuple(variant for variant in VARIANTS if chosen.only in variant.name)
-    rows = run(chosen.folder, chosen.steps, chosen.questions, replace(Plan(), epochs=1), variants)
+    rows = run(chosen.folder, chosen.steps, chosen.questions, replace(Plan(), epochs=(1, 1)), variants)
     for row in rows:
         shares = "  ".join(f"{kind} {share:.1%}" for kind, share in row["accuracy"].items())
         print(f"{row['variant']:<28}{row['vision_rows']:>4} rows  all {row['overall']:.1%}  {shares}")

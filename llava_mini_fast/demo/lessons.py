@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from llava_mini_fast.config import GRID
 from llava_mini_fast.demo.questions import FACTS, Question, about_clip, about_scene
 from llava_mini_fast.demo.scenes import Clip, Scene
+from llava_mini_fast.demo.tower import most_covered, of_patches, under_patches
 from llava_mini_fast.model.vision_tower import VisionTower
 from llava_mini_fast.preprocess.prompt import conversation
 from llava_mini_fast.preprocess.views import normalize
@@ -42,10 +43,10 @@ class Lesson:
 
 
 class Album:
-    """Distinct pictures and what the frozen tower makes of them.
+    """Distinct pictures, what the frozen tower makes of them, and which of their patches shapes cover.
 
-    The features lie in `folder`/features.f16, (pictures, 576, D) float16, and are made on the first use; a run that was cut
-    off goes on with the next chunk.
+    The features lie in `folder`/features.f16, (pictures, 576, D) float16, and the patches in covered.bool, (pictures, 576). They
+    are made on the first use; a run that was cut off goes on with the next chunk.
 
     Args:
         scenes, clips: whose pictures are wanted. A picture that is shown more than once is stored once.
@@ -63,7 +64,7 @@ class Album:
         self.scenes, self.clips = list(scenes), list(clips)
         pictures = {scene.digest: scene for scene in (*self.scenes, *(s for clip in self.clips for s in clip.scenes))}
         self._rows = {digest: row for row, digest in enumerate(pictures)}
-        self._features = self._stored(folder, tower, list(pictures.values()), progress)
+        self._features, self._covered = self._stored(folder, tower, list(pictures.values()), progress)
 
     def of_pictures(self) -> Album:
         """The same album without clips to ask about."""
@@ -79,30 +80,43 @@ class Album:
         """(F, 1, 576, D) float32."""
         return torch.from_numpy(self._features[list(rows)].astype(np.float32))[:, None]
 
+    def some_patches(self, rows: Sequence[int], count: int) -> torch.Tensor:
+        """(F, count) int64: patches that shapes cover, and for the rest any; drawn anew at each call."""
+        return most_covered(torch.from_numpy(self._covered[list(rows)]), count)
+
     @staticmethod
     @torch.inference_mode()
-    def _stored(folder: Path, tower: VisionTower, pictures: list[Scene], progress: Callable[[int], None]) -> np.ndarray:
+    def _stored(
+        folder: Path, tower: VisionTower, pictures: list[Scene], progress: Callable[[int], None]
+    ) -> tuple[np.ndarray, np.ndarray]:
         folder.mkdir(parents=True, exist_ok=True)
-        path, count = folder / "features.f16", folder / "done.json"
-        shape = (len(pictures), GRID * GRID, tower.width)
-        done = json.loads(count.read_text()) if count.is_file() and path.is_file() else 0
-        stored = np.memmap(path, np.float16, "r+" if done else "w+", shape=shape)
+        count, places = folder / "done.json", (len(pictures), GRID * GRID)
+        done = json.loads(count.read_text()) if count.is_file() else 0
+        mode = "r+" if done else "w+"
+        features = np.memmap(folder / "features.f16", np.float16, mode, shape=(*places, tower.width))
+        covered = np.memmap(folder / "covered.bool", np.bool_, mode, shape=places)
         progress(done)
         for start in range(done, len(pictures), CHUNK):
             chunk = pictures[start : start + CHUNK]
             views = torch.stack([torch.from_numpy(np.array(scene.picture())) for scene in chunk]).permute(0, 3, 1, 2)
-            stored[start : start + len(chunk)] = tower(normalize(views, torch.float32)).numpy()
-            stored.flush()
+            features[start : start + len(chunk)] = tower(normalize(views, torch.float32)).numpy()
+            covered[start : start + len(chunk)] = [(under_patches(scene)[1].mean(-1) > 0).numpy() for scene in chunk]
+            features.flush()
+            covered.flush()
             count.write_text(json.dumps(start + len(chunk)))
             progress(len(chunk))
-        return stored
+        return features, covered
 
 
 class Lessons(Dataset):
-    """Lessons about an album's scenes and clips, `epochs` times over, with new questions each time."""
+    """Lessons about an album's scenes and clips, `epochs` times over, with new questions each time.
 
-    def __init__(self, album: Album, tokenizer: Any, epochs: int = 1, seed: int = 0):
-        self.album, self.tokenizer, self.epochs, self.seed = album, tokenizer, epochs, seed
+    Args:
+        patches: how many of a picture's 576 to look at; all when None.
+    """
+
+    def __init__(self, album: Album, tokenizer: Any, epochs: int = 1, seed: int = 0, patches: int | None = None):
+        self.album, self.tokenizer, self.epochs, self.seed, self.patches = album, tokenizer, epochs, seed, patches
         subjects = [*album.scenes, *album.clips]
         self.subjects = subjects + [None] * (len(subjects) // FACTS_EVERY)
 
@@ -120,7 +134,7 @@ class Lessons(Dataset):
 
     def collate(self, lessons: Sequence[Lesson]) -> dict[str, Any]:
         """Arguments of `TrainableModel.forward`."""
-        return batch(self.album, lessons)
+        return batch(self.album, lessons, self.patches)
 
 
 def told(tokenizer: Any, questions: Sequence[Question], media: bool = True) -> tuple[list[int], list[int]]:
@@ -130,15 +144,20 @@ def told(tokenizer: Any, questions: Sequence[Question], media: bool = True) -> t
     return tokenized(tokenizer, [*messages, {"role": "assistant", "content": history[-1][1]}])
 
 
-def batch(album: Album, lessons: Sequence[Lesson]) -> dict[str, Any]:
-    """Arguments of `TrainableModel.forward`; a frame that several lessons show is there once."""
+def batch(album: Album, lessons: Sequence[Lesson], patches: int | None = None) -> dict[str, Any]:
+    """Arguments of `TrainableModel.forward`; a frame that several lessons show is there once. `patches` as in `Lessons`."""
     rows = sorted({row for lesson in lessons for row in lesson.frames})
     place = {row: n for n, row in enumerate(rows)}
     rows_of = [[place[row] for row in lesson.frames] for lesson in lessons]
     each = [(*told, frames) for lesson, frames in zip(lessons, rows_of) for told in lesson.conversations]
+    features = album.features(rows) if rows else None
+    kept = album.some_patches(rows, patches) if rows and patches else None
+    if kept is not None:
+        features = of_patches(features[:, 0], kept)[:, None]
     return {
         "input_ids": [torch.tensor(ids) for ids, _, _ in each],
         "labels": [torch.tensor(labels) for _, labels, _ in each],
         "frames": [frames for _, _, frames in each],
-        "features": album.features(rows) if rows else None,
+        "features": features,
+        "kept": kept,
     }

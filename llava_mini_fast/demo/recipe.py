@@ -37,10 +37,12 @@ class Plan:
     tower_batch: int = 8
     scenes: int = 6500
     clips: int = 3250
-    epochs: int = 3
+    epochs: tuple[int, int] = (3, 1)
+    """Looking at `patches` of each picture, then at whole pictures."""
+    patches: int = 100
     batch: int = 15
     """Pictures and clips of a step; a picture brings two conversations of three questions."""
-    learning_rate: float = 2e-3
+    learning_rates: tuple[float, float] = (1.5e-3, 1e-3)
     warmup: float = 0.05
     save_steps: int = 100
 
@@ -81,42 +83,48 @@ def make_album(folder: Path, engine: LlavaMini, num_scenes: int, num_clips: int,
         return Album(folder, engine.front.vision_tower, *drawn, progress=shown)
 
 
-def learn(model: TrainableModel, engine: LlavaMini, album: Album, plan: Plan, folder: Path, **options: Any) -> Any:
-    """Stage 2 of a model over an album.
+def learn(
+    model: TrainableModel, engine: LlavaMini, album: Album, plan: Plan, folder: Path, **options: Any
+) -> list[float]:
+    """Stage 2 of a model over an album: first over some patches of each picture, which is cheap, then over whole ones.
 
     Args:
-        folder: of the Trainer's own state.
+        folder: of the Trainers' own state.
         options: more of transformers' `TrainingArguments`.
 
     Returns:
-        transformers' `Trainer`.
+        The losses of every tenth step.
     """
     from transformers import TrainingArguments
 
-    arguments = TrainingArguments(
-        **{
-            "output_dir": str(folder),
-            "per_device_train_batch_size": plan.batch,
-            "num_train_epochs": 1,  # the lessons count theirs themselves, for new questions each time
-            "learning_rate": plan.learning_rate,
-            "warmup_steps": plan.warmup,
-            "lr_scheduler_type": "cosine",
-            "max_grad_norm": 1.0,
-            "use_cpu": True,
-            "remove_unused_columns": False,
-            "label_names": ["labels"],
-            "report_to": "none",
-            "logging_steps": 10,
-            "save_steps": plan.save_steps,
-            "save_total_limit": 2,
-            "dataloader_pin_memory": False,
-        }
-        | options
-    )
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learned, plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    lessons = Lessons(album, engine.tokenizer, plan.epochs)
-    return fit(model, arguments, lessons, lessons.collate, optimizer)
+    losses = []
+    for part, patches in enumerate((plan.patches, None)):
+        arguments = TrainingArguments(
+            **{
+                "output_dir": str(folder / ("some-patches", "whole")[part]),
+                "per_device_train_batch_size": plan.batch,
+                "num_train_epochs": 1,  # the lessons count theirs themselves, for new questions each time
+                "learning_rate": plan.learning_rates[part],
+                "warmup_steps": plan.warmup,
+                "lr_scheduler_type": "cosine",
+                "max_grad_norm": 1.0,
+                "use_cpu": True,
+                "remove_unused_columns": False,
+                "label_names": ["labels"],
+                "report_to": "none",
+                "logging_steps": 10,
+                "save_steps": plan.save_steps,
+                "save_total_limit": 2,
+                "dataloader_pin_memory": False,
+            }
+            | options
+        )
+        learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(learned, plan.learning_rates[part], betas=(0.9, 0.98), weight_decay=0.01)
+        lessons = Lessons(album, engine.tokenizer, plan.epochs[part], seed=part, patches=patches)
+        trainer = fit(model, arguments, lessons, lessons.collate, optimizer)
+        losses += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses
 
 
 def halved(source: Path, out: Path) -> Path:

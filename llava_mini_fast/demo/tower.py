@@ -66,7 +66,7 @@ class DenseTower(nn.Module):
         """
         rows = self.clip.embeddings(pixels)
         if kept is not None:
-            rows = torch.cat([rows[:, :1], _of(rows[:, 1:], kept)], dim=1)
+            rows = torch.cat([rows[:, :1], of_patches(rows[:, 1:], kept)], dim=1)
         features = self.clip.encoder(inputs_embeds=self.clip.pre_layrnorm(rows)).last_hidden_state[:, 1:]
         return list(self.head(features).split(CLASSES, dim=-1)), self.outline(features)
 
@@ -77,7 +77,7 @@ class DenseTower(nn.Module):
         """
         classes, outline = self(pixels, kept)
         if kept is not None:
-            targets, cells = _of(targets, kept), _of(cells, kept)
+            targets, cells = of_patches(targets, kept), of_patches(cells, kept)
         shown = _halves(targets[..., 0] > 0)
         losses = [
             (F.cross_entropy(logits.flatten(0, 1), targets[..., n].flatten(), reduction="none") * shown.flatten()).sum()
@@ -88,20 +88,19 @@ class DenseTower(nn.Module):
         return sum(losses) + (covered * _halves((edge > 0) & (edge < 1))).sum()
 
 
-def _of(rows: Tensor, kept: Tensor) -> Tensor:
+def of_patches(rows: Tensor, kept: Tensor) -> Tensor:
     """rows (B, N, D), kept (B, K) -> (B, K, D)."""
     return rows.gather(1, kept[..., None].expand(-1, -1, rows.shape[-1]))
 
 
-def most_covered(cells: Tensor, count: int) -> Tensor:
+def most_covered(covered: Tensor, count: int) -> Tensor:
     """The patches to look at where only some are: those that shapes cover, and for the rest any.
 
     Args:
-        cells: (B, 576, 49).
+        covered: (B, 576) bool.
 
     Returns: (B, count) int64.
     """
-    covered = (cells.mean(-1) > 0).float()
     return (covered + torch.rand(covered.shape)).topk(count, dim=1).indices.sort(dim=1).values
 
 
@@ -123,15 +122,18 @@ def under_patches(scene: Scene) -> tuple[Tensor, Tensor]:
         draw_shape(pen, shape, SIZE, index)
     pixels = np.asarray(owner)
     patches = pixels.reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
-    shares = np.stack([(patches == index).mean(1) for index in range(1, len(scene.shapes) + 1)])
-    best = shares.argmax(0)
+    # the ground is the shape of number 0, and lies under a patch of which no shape covers enough
+    shares = np.stack([(patches == index).mean(1) for index in range(len(scene.shapes) + 1)])
+    shares[0] = COVERED
     classes = np.array(
-        [[values.index(getattr(shape, name)) + 1 for name, values in TARGETS.items()] for shape in scene.shapes]
+        [[0] * len(TARGETS)]
+        + [[values.index(getattr(shape, name)) + 1 for name, values in TARGETS.items()] for shape in scene.shapes]
     )
+    best = len(shares) - 1 - shares[::-1].argmax(0)
     size = PATCH_SIZE // CELLS
     cells = (pixels > 0).reshape(GRID, CELLS, size, GRID, CELLS, size).mean((2, 5)).transpose(0, 2, 1, 3)
     return (
-        torch.from_numpy(np.where((shares.max(0) >= COVERED)[:, None], classes[best], 0)),
+        torch.from_numpy(classes[best]),
         torch.from_numpy(cells.reshape(GRID * GRID, -1)).float(),
     )
 
@@ -181,7 +183,7 @@ def train_tower(
         torch.manual_seed(step)
         whole = step >= steps * (1 - WHOLE)
         drawn = next(batches(step, batch, count=None if whole else CROWD))
-        kept = None if whole else most_covered(drawn[2], LOOKED_AT)
+        kept = None if whole else most_covered(drawn[2].mean(-1) > 0, LOOKED_AT)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step, steps)
         loss = tower.loss(*drawn, kept)

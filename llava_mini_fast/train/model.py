@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llava_mini_fast.config import COMPRESSOR_HEADS, IMAGE_TOKEN_ID
+from llava_mini_fast.config import COMPRESSOR_HEADS, GRID, IMAGE_TOKEN_ID
 from llava_mini_fast.engine import LlavaMini
 from llava_mini_fast.model.compressor import Compressor, resized_positions
 from llava_mini_fast.model.splice import splice
@@ -58,6 +58,7 @@ class TrainableModel(nn.Module):
         frames: Sequence[Sequence[int]],
         pixels: Tensor | None = None,
         features: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss of a batch.
 
@@ -67,12 +68,13 @@ class TrainableModel(nn.Module):
             frames: per example, which of the F frames it shows, in order; none is text alone. Examples may share frames, whose
                 image part is then computed once.
             pixels: (F, V, 3, 336, 336), normalised.
-            features: (F, V, 576, D) instead: what the frozen tower gave for them.
+            features: (F, V, 576, D) instead: what the frozen tower gave for them. Or, of standard resolution, (F, 1, K, D) with
+            `kept` (F, K) int64: some patches of each frame, which makes steps cheaper where most of a picture says nothing.
 
         Returns: {"loss": scalar, "logits": (B, rows, vocab), "targets": (B, rows)}; the loss is the mean over all labels of
             the batch, and targets are the labels row by row: logits at a row speak of the next row's.
         """
-        rows = self.fused_rows(input_ids, labels, frames, pixels, features)
+        rows = self.fused_rows(input_ids, labels, frames, pixels, features, kept)
         spliced = [
             _spliced_labels(ids, told, len(fused)) for ids, told, fused in zip(input_ids, labels, rows, strict=True)
         ]
@@ -93,6 +95,7 @@ class TrainableModel(nn.Module):
         frames: Sequence[Sequence[int]],
         pixels: Tensor | None = None,
         features: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> list[Tensor]:
         """What the language model receives, per example (rows, H). Arguments as in `forward`."""
         embed = self.llm.get_input_embeddings()
@@ -106,7 +109,7 @@ class TrainableModel(nn.Module):
                 self._spliced(ids, text, projected[list(shown)].flatten(0, 1)) if shown else text
                 for ids, text, shown in zip(input_ids, texts, frames)
             ]
-        compressed = self.front.mm_projector(unfolded_compressor(self.front.compressor, grid))
+        compressed = self.front.mm_projector(unfolded_compressor(self.front.compressor, grid, kept))
         vision, states = self._image_part(projected, compressed)
         # an answer is not there yet when its question is asked, so no row may see it: as if its ids were 0
         kept = [((ids > 0) & (told == IGNORED)).nonzero().flatten() for ids, told in zip(input_ids, labels)]
@@ -180,9 +183,15 @@ class TrainableModel(nn.Module):
         return splice(text, vision, places[0] if places else None)
 
 
-def unfolded_compressor(compressor: Compressor, features: Tensor) -> Tensor:
-    """`Compressor.forward` as published, with gradients: features (F, N, D) -> (F, Q, D)."""
-    attn, positions = compressor.attn, resized_positions(compressor.pos_embed, math.isqrt(features.shape[1]))
+def unfolded_compressor(compressor: Compressor, features: Tensor, kept: Tensor | None = None) -> Tensor:
+    """`Compressor.forward` as published, with gradients: features (F, N, D) -> (F, Q, D).
+
+    kept: (F, K), which of 576 patches the features (F, K, D) are of; all of a square grid when None.
+    """
+    side = GRID if kept is not None else math.isqrt(features.shape[1])
+    attn, positions = compressor.attn, resized_positions(compressor.pos_embed, side)
+    if kept is not None:
+        positions = positions[kept]
     values = compressor.ln_kv(features)
     keys = values + positions.to(values.dtype)
     queries = compressor.ln_q(compressor.query) + compressor.pos_embed

@@ -20,7 +20,7 @@ from llava_mini_fast.train.data import IGNORED
 from llava_mini_fast.train.model import TrainableModel
 
 pytest.importorskip("accelerate", reason="the extra `train` is not installed")
-TINY = recipe.Plan(tower_steps=2, tower_batch=2, scenes=6, clips=3, epochs=1, batch=3, save_steps=2)
+TINY = recipe.Plan(tower_steps=2, tower_batch=2, scenes=6, clips=3, epochs=(1, 1), batch=3, save_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,9 @@ def test_a_killed_run_ends_as_one_that_was_not(folder, tmp_path):
     ]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 300
-    while not (tmp_path / "stage2" / "checkpoint-2" / "trainer_state.json").is_file() and child.poll() is None:
+    while (
+        not (tmp_path / "stage2" / "whole" / "checkpoint-2" / "trainer_state.json").is_file() and child.poll() is None
+    ):
         assert time.monotonic() < end
         time.sleep(0.01)
     child.kill()
