@@ -64,7 +64,7 @@ VARIANTS = (
 
 
 def run(
-    folder: Path, steps: int, questions: int, plan: Plan, variants: tuple[Variant, ...] = VARIANTS
+    folder: Path, steps: tuple[int, int], questions: int, plan: Plan, variants: tuple[Variant, ...] = VARIANTS
 ) -> list[dict[str, Any]]:
     """Train and examine the variants, each from the same fresh weights over the same lessons.
 
@@ -85,13 +85,15 @@ def run(
     return rows
 
 
-def _one(folder: Path, directory: Path, variant: Variant, steps: int, tasks: list[Task], plan: Plan) -> dict[str, Any]:
+def _one(
+    folder: Path, directory: Path, variant: Variant, steps: tuple[int, int], tasks: list[Task], plan: Plan
+) -> dict[str, Any]:
     torch.manual_seed(0)
     fresh = make_fresh(directory / "fresh", folder / "tower" / "clip", {"compressor_size": variant.compressor_size})
     engine = unpacked(fresh)
     model = variant.model(engine, 2)
     album = make_album(folder / "album", engine, plan.scenes, plan.clips)
-    losses = learn(model, engine, album.of_pictures(), plan, directory / "trainer", max_steps=steps)
+    losses = learn(model, engine, album.of_pictures(), plan, directory / "trainer", steps)
     shown = {task.subject.digest: task.subject for task in tasks}
     held_out = Album(folder / f"held-out-{len(tasks)}", engine.front.vision_tower, list(shown.values()), [])
     result = examine_features(model.eval(), engine.tokenizer, held_out, tasks)
@@ -105,7 +107,14 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m llava_mini_fast.demo.ablations", description=__doc__)
     parser.add_argument("folder", type=Path, help="where `python -m llava_mini_fast.demo.recipe` has made the tower")
-    parser.add_argument("--steps", type=int, default=400, help="of training, for each variant (default: %(default)s)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs=2,
+        default=(1000, 100),
+        metavar=("SOME", "WHOLE"),
+        help="of training on some patches and on whole pictures, for each variant (default: 1000 100)",
+    )
     parser.add_argument("--questions", type=int, default=1200, help="of the exam (default: %(default)s)")
     parser.add_argument("--only", metavar="TEXT", default="", help="only variants with this in their name")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the table there")
@@ -113,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not (chosen.folder / "tower" / "clip" / "config.json").is_file():
         parser.error(f"{chosen.folder} has no trained tower; run python -m llava_mini_fast.demo.recipe {chosen.folder}")
     variants = tuple(variant for variant in VARIANTS if chosen.only in variant.name)
-    rows = run(chosen.folder, chosen.steps, chosen.questions, replace(Plan(), epochs=(1, 1)), variants)
+    rows = run(chosen.folder, tuple(chosen.steps), chosen.questions, replace(Plan(), epochs=(1, 1)), variants)
     for row in rows:
         shares = "  ".join(f"{kind} {share:.1%}" for kind, share in row["accuracy"].items())
         print(f"{row['variant']:<28}{row['vision_rows']:>4} rows  all {row['overall']:.1%}  {shares}")

@@ -90,7 +90,7 @@ def learn(
 
     Args:
         folder: of the Trainers' own state.
-        options: more of transformers' `TrainingArguments`.
+        steps: of the two parts, where they are not to go through all of `plan.epochs`.
 
     Returns:
         The losses of every tenth step.
@@ -100,24 +100,22 @@ def learn(
     losses = []
     for part, patches in enumerate((plan.patches, None)):
         arguments = TrainingArguments(
-            **{
-                "output_dir": str(folder / ("some-patches", "whole")[part]),
-                "per_device_train_batch_size": plan.batch,
-                "num_train_epochs": 1,  # the lessons count theirs themselves, for new questions each time
-                "learning_rate": plan.learning_rates[part],
-                "warmup_steps": plan.warmup,
-                "lr_scheduler_type": "cosine",
-                "max_grad_norm": 1.0,
-                "use_cpu": True,
-                "remove_unused_columns": False,
-                "label_names": ["labels"],
-                "report_to": "none",
-                "logging_steps": 10,
-                "save_steps": plan.save_steps,
-                "save_total_limit": 2,
-                "dataloader_pin_memory": False,
-            }
-            | options
+            output_dir=str(folder / ("some-patches", "whole")[part]),
+            per_device_train_batch_size=plan.batch,
+            num_train_epochs=1,  # the lessons count theirs themselves, for new questions each time
+            max_steps=steps[part],
+            learning_rate=plan.learning_rates[part],
+            warmup_steps=plan.warmup,
+            lr_scheduler_type="cosine",
+            max_grad_norm=1.0,
+            use_cpu=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            report_to="none",
+            logging_steps=10,
+            save_steps=plan.save_steps,
+            save_total_limit=2,
+            dataloader_pin_memory=False,
         )
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(learned, plan.learning_rates[part], betas=(0.9, 0.98), weight_decay=0.01)

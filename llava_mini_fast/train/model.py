@@ -23,7 +23,6 @@ from llava_mini_fast.model.vision_tower import grid_of_tiles
 from llava_mini_fast.ops.segments import Segments
 from llava_mini_fast.train.data import IGNORED
 
-
 _HEAD, _EMBEDDINGS = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
 
 

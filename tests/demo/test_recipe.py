@@ -149,8 +149,10 @@ def test_a_killed_run_ends_as_one_that_was_not(folder, tmp_path):
 
 @pytest.mark.slow
 def test_ablations_end_to_end(folder, tmp_path):
-    rows = ablations.run(folder, 1, 6, TINY, ablations.VARIANTS[3:])
+    rows = ablations.run(folder, (1, 1), 6, TINY, ablations.VARIANTS[3:])
     assert [row["vision_rows"] for row in rows] == [1, 576] and json.dumps(rows)
-    assert rows == ablations.run(folder, 1, 6, TINY, ablations.VARIANTS[3:]), "finished variants are not trained again"
+    assert rows == ablations.run(folder, (1, 1), 6, TINY, ablations.VARIANTS[3:]), (
+        "finished variants are not trained again"
+    )
     with pytest.raises(SystemExit):
         ablations.main([str(tmp_path / "nothing")])
