@@ -84,7 +84,7 @@ def make_album(folder: Path, engine: LlavaMini, num_scenes: int, num_clips: int,
 
 
 def learn(
-    model: TrainableModel, engine: LlavaMini, album: Album, plan: Plan, folder: Path, **options: Any
+    model: TrainableModel, engine: LlavaMini, album: Album, plan: Plan, folder: Path, steps: tuple[int, int] = (-1, -1)
 ) -> list[float]:
     """Stage 2 of a model over an album: first over some patches of each picture, which is cheap, then over whole ones.
 
