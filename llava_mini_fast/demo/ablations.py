@@ -22,7 +22,7 @@ from llava_mini_fast.demo.exam import Task, exam, examine_features
 from llava_mini_fast.demo.fresh import make_fresh
 from llava_mini_fast.demo.lessons import Album
 from llava_mini_fast.demo.questions import PICTURE_KINDS
-from llava_mini_fast.demo.recipe import Plan, learn, make_album, unpacked
+from llava_mini_fast.demo.recipe import Part, Plan, learn, make_album, unpacked
 from llava_mini_fast.ops.segments import Segments
 from llava_mini_fast.train.model import TrainableModel
 
@@ -64,7 +64,7 @@ VARIANTS = (
 
 
 def run(
-    folder: Path, steps: tuple[int, int], questions: int, plan: Plan, variants: tuple[Variant, ...] = VARIANTS
+    folder: Path, steps: tuple[int, ...], questions: int, plan: Plan, variants: tuple[Variant, ...] = VARIANTS
 ) -> list[dict[str, Any]]:
     """Train and examine the variants, each from the same fresh weights over the same lessons.
 
@@ -86,14 +86,14 @@ def run(
 
 
 def _one(
-    folder: Path, directory: Path, variant: Variant, steps: tuple[int, int], tasks: list[Task], plan: Plan
+    folder: Path, directory: Path, variant: Variant, steps: tuple[int, ...], tasks: list[Task], plan: Plan
 ) -> dict[str, Any]:
     torch.manual_seed(0)
     fresh = make_fresh(directory / "fresh", folder / "tower" / "clip", {"compressor_size": variant.compressor_size})
     engine = unpacked(fresh)
     model = variant.model(engine, 2)
     album = make_album(folder / "album", engine, plan.scenes, plan.clips)
-    losses = learn(model, engine, album.of_pictures(), plan, directory / "trainer", steps)
+    losses = learn(model, engine, album, plan, directory / "trainer", steps)
     shown = {task.subject.digest: task.subject for task in tasks}
     held_out = Album(folder / f"held-out-{len(tasks)}", engine.front.vision_tower, list(shown.values()), [])
     result = examine_features(model.eval(), engine.tokenizer, held_out, tasks)
@@ -122,7 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not (chosen.folder / "tower" / "clip" / "config.json").is_file():
         parser.error(f"{chosen.folder} has no trained tower; run python -m llava_mini_fast.demo.recipe {chosen.folder}")
     variants = tuple(variant for variant in VARIANTS if chosen.only in variant.name)
-    rows = run(chosen.folder, tuple(chosen.steps), chosen.questions, replace(Plan(), epochs=(1, 1)), variants)
+    plan = replace(Plan(), parts=(Part(1, 1.5e-3, patches=100, turns=6, clips=0), Part(1, 5e-4, turns=6, clips=0)))
+    rows = run(chosen.folder, tuple(chosen.steps), chosen.questions, plan, variants)
     for row in rows:
         shares = "  ".join(f"{kind} {share:.1%}" for kind, share in row["accuracy"].items())
         print(f"{row['variant']:<28}{row['vision_rows']:>4} rows  all {row['overall']:.1%}  {shares}")

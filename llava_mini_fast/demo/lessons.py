@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -23,8 +22,6 @@ from llava_mini_fast.preprocess.prompt import conversation
 from llava_mini_fast.preprocess.views import normalize
 from llava_mini_fast.train.data import tokenized
 
-TURNS = 3
-"""Questions of a conversation about a picture."""
 CONVERSATIONS = 2
 """About one picture at once: its image part is shared."""
 FACTS_EVERY = 40
@@ -66,12 +63,6 @@ class Album:
         self._rows = {digest: row for row, digest in enumerate(pictures)}
         self._features, self._covered = self._stored(folder, tower, list(pictures.values()), progress)
 
-    def of_pictures(self) -> Album:
-        """The same album without clips to ask about."""
-        album = copy(self)
-        album.clips = []
-        return album
-
     def frames(self, shown: Sequence[Scene]) -> list[int]:
         """The rows of some pictures."""
         return [self._rows[scene.digest] for scene in shown]
@@ -109,16 +100,26 @@ class Album:
 
 
 class Lessons(Dataset):
-    """Lessons about an album's scenes and clips, `epochs` times over, with new questions each time.
+    """Lessons about some of an album's scenes and clips, `epochs` times over, with new questions each time.
 
     Args:
+        turns: questions of a conversation about a picture, at most one of each kind.
         patches: how many of a picture's 576 to look at; all when None.
     """
 
-    def __init__(self, album: Album, tokenizer: Any, epochs: int = 1, seed: int = 0, patches: int | None = None):
-        self.album, self.tokenizer, self.epochs, self.seed, self.patches = album, tokenizer, epochs, seed, patches
-        subjects = [*album.scenes, *album.clips]
-        self.subjects = subjects + [None] * (len(subjects) // FACTS_EVERY)
+    def __init__(
+        self,
+        album: Album,
+        subjects: Sequence[Scene | Clip],
+        tokenizer: Any,
+        epochs: int = 1,
+        seed: int = 0,
+        turns: int = 3,
+        patches: int | None = None,
+    ):
+        self.album, self.tokenizer, self.epochs, self.seed = album, tokenizer, epochs, seed
+        self.turns, self.patches = turns, patches
+        self.subjects = [*subjects, *[None] * (len(subjects) // FACTS_EVERY)]
 
     def __len__(self) -> int:
         return len(self.subjects) * self.epochs
@@ -129,7 +130,7 @@ class Lessons(Dataset):
             return Lesson([], [told(self.tokenizer, [rng.choice(FACTS)], media=False)])
         if isinstance(subject, Clip):
             return Lesson(self.album.frames(subject.scenes), [told(self.tokenizer, [about_clip(subject, rng)])])
-        asked = [about_scene(subject, rng)[:TURNS] for _ in range(CONVERSATIONS)]
+        asked = [about_scene(subject, rng)[: self.turns] for _ in range(CONVERSATIONS)]
         return Lesson(self.album.frames([subject]), [told(self.tokenizer, questions) for questions in asked])
 
     def collate(self, lessons: Sequence[Lesson]) -> dict[str, Any]:

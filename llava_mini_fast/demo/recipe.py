@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +23,7 @@ from llava_mini_fast import checkpoint
 from llava_mini_fast.demo.data import clips, scenes
 from llava_mini_fast.demo.fresh import make_fresh
 from llava_mini_fast.demo.lessons import Album, Lessons
+from llava_mini_fast.demo.questions import CLIP_KINDS
 from llava_mini_fast.demo.tower import train_tower
 from llava_mini_fast.engine import LlavaMini
 from llava_mini_fast.train.model import TrainableModel
@@ -29,19 +31,36 @@ from llava_mini_fast.train.recipe import fit, write_published
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some epochs of stage 2, with a warm-up and cosine decay of their own.
+
+    `patches` of a picture's 576 are looked at (all when None). `turns` are the questions of a conversation, `clips` how many of the
+    album's clips of the kinds `kinds` take part.
+    """
+
+    epochs: int
+    learning_rate: float
+    patches: int | None = None
+    turns: int = 3
+    clips: int | None = None
+    kinds: tuple[str, ...] = CLIP_KINDS
+
+
+@dataclass(frozen=True)
 class Plan:
-    """How long each part learns, and on how much."""
+    """How long each stage learns, and on how much."""
 
     tower_steps: int = 4500
     tower_batch: int = 8
     scenes: int = 6500
     clips: int = 3250
-    epochs: tuple[int, int] = (3, 1)
-    """Looking at `patches` of each picture, then at whole pictures."""
-    patches: int = 100
+    parts: tuple[Part, ...] = (
+        Part(3, 1.5e-3, patches=100),
+        Part(3, 1e-3, patches=100, turns=6, kinds=("direction",)),
+        Part(1, 5e-4, clips=1000),
+    )
     batch: int = 15
-    """Pictures and clips of a step; a picture brings two conversations of three questions."""
-    learning_rates: tuple[float, float] = (1.5e-3, 1e-3)
+    """Pictures and clips of a step; a picture brings two conversations."""
     warmup: float = 0.05
     save_steps: int = 100
 
@@ -83,13 +102,13 @@ def make_album(folder: Path, engine: LlavaMini, num_scenes: int, num_clips: int,
 
 
 def learn(
-    model: TrainableModel, engine: LlavaMini, album: Album, plan: Plan, folder: Path, steps: tuple[int, int] = (-1, -1)
+    model: TrainableModel, engine: LlavaMini, album: Album, plan: Plan, folder: Path, steps: Sequence[int] = ()
 ) -> list[float]:
-    """Stage 2 of a model over an album: first over some patches of each picture, which is cheap, then over whole ones.
+    """Stage 2 of a model over an album, part by part of the plan.
 
     Args:
         folder: of the Trainers' own state.
-        steps: of the two parts, where they are not to go through all of `plan.epochs`.
+        steps: of each part, where they are not to go through all of their epochs.
 
     Returns:
         The losses of every tenth step.
@@ -97,13 +116,13 @@ def learn(
     from transformers import TrainingArguments
 
     losses = []
-    for part, patches in enumerate((plan.patches, None)):
+    for number, part in enumerate(plan.parts):
         arguments = TrainingArguments(
-            output_dir=str(folder / ("some-patches", "whole")[part]),
+            output_dir=str(folder / f"part-{number + 1}"),
             per_device_train_batch_size=plan.batch,
             num_train_epochs=1,  # the lessons count theirs themselves, for new questions each time
-            max_steps=steps[part],
-            learning_rate=plan.learning_rates[part],
+            max_steps=steps[number] if steps else -1,
+            learning_rate=part.learning_rate,
             warmup_steps=plan.warmup,
             lr_scheduler_type="cosine",
             max_grad_norm=1.0,
@@ -117,8 +136,11 @@ def learn(
             dataloader_pin_memory=False,
         )
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(learned, plan.learning_rates[part], betas=(0.9, 0.98), weight_decay=0.01)
-        lessons = Lessons(album, engine.tokenizer, plan.epochs[part], seed=part, patches=patches)
+        optimizer = torch.optim.AdamW(learned, part.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+        clips = [clip for clip in album.clips if clip.kind in part.kinds][: part.clips]
+        lessons = Lessons(
+            album, [*album.scenes, *clips], engine.tokenizer, part.epochs, number, part.turns, part.patches
+        )
         trainer = fit(model, arguments, lessons, lessons.collate, optimizer)
         losses += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses

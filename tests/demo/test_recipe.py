@@ -20,7 +20,8 @@ from llava_mini_fast.train.data import IGNORED
 from llava_mini_fast.train.model import TrainableModel
 
 pytest.importorskip("accelerate", reason="the extra `train` is not installed")
-TINY = recipe.Plan(tower_steps=2, tower_batch=2, scenes=6, clips=3, epochs=(1, 1), batch=3, save_steps=2)
+PARTS = (recipe.Part(1, 1e-3, patches=100, turns=2, kinds=("direction",)), recipe.Part(1, 1e-3))
+TINY = recipe.Plan(tower_steps=2, tower_batch=2, scenes=6, clips=3, parts=PARTS, batch=3, save_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_an_album_goes_on_where_it_was_cut_off(album, engine, tmp_path, monkeypa
 
 
 def test_lessons_ask_anew_each_epoch_and_share_frames(album, engine):
-    lessons = Lessons(album, engine.tokenizer, epochs=2)
+    lessons = Lessons(album, [*album.scenes, *album.clips], engine.tokenizer, epochs=2)
     assert len(lessons) == 2 * (TINY.scenes + TINY.clips)
     first, again = lessons[0], lessons[TINY.scenes + TINY.clips]
     assert first.frames == again.frames and first.conversations != again.conversations
@@ -107,7 +108,7 @@ def test_lessons_ask_anew_each_epoch_and_share_frames(album, engine):
 
 
 def test_ablations_leave_out_what_they_say(folder, engine, album):
-    lessons = Lessons(album, engine.tokenizer)
+    lessons = Lessons(album, album.scenes, engine.tokenizer)
     made = lessons.collate([lessons[0]])
     rows = {
         model: [len(one) for one in model(engine, 2).fused_rows(made["input_ids"], made["labels"], made["frames"], features=made["features"])]
@@ -135,7 +136,7 @@ def test_a_killed_run_ends_as_one_that_was_not(folder, tmp_path):
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 300
     while (
-        not (tmp_path / "stage2" / "whole" / "checkpoint-2" / "trainer_state.json").is_file() and child.poll() is None
+        not (tmp_path / "stage2" / "part-2" / "checkpoint-2" / "trainer_state.json").is_file() and child.poll() is None
     ):
         assert time.monotonic() < end
         time.sleep(0.01)
