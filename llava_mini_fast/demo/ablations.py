@@ -23,11 +23,11 @@ from llava_mini_fast.demo.fresh import make_fresh
 from llava_mini_fast.demo.lessons import Album
 from llava_mini_fast.demo.questions import PICTURE_KINDS
 from llava_mini_fast.demo.recipe import Part, Plan, learn, make_album, unpacked
+from llava_mini_fast.demo.tutor import Tutored
 from llava_mini_fast.ops.segments import Segments
-from llava_mini_fast.train.model import TrainableModel
 
 
-class WithoutPreFusion(TrainableModel):
+class WithoutPreFusion(Tutored):
     """Text rows and compressed rows go to the language model as they are."""
 
     def _image_part(self, patches: Tensor, compressed: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -37,7 +37,7 @@ class WithoutPreFusion(TrainableModel):
         return text
 
 
-class WithoutCompression(TrainableModel):
+class WithoutCompression(Tutored):
     """The language model sees all 576 patch rows of a picture, after pre-fusion, in place of compressed rows."""
 
     def _image_part(self, patches: Tensor, compressed: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -50,7 +50,7 @@ class Variant:
 
     name: str
     vision_rows: int
-    model: type[TrainableModel] = TrainableModel
+    model: type[Tutored] = Tutored
     compressor_size: int = 1
 
 
@@ -91,7 +91,7 @@ def _one(
     torch.manual_seed(0)
     fresh = make_fresh(directory / "fresh", folder / "tower" / "clip", {"compressor_size": variant.compressor_size})
     engine = unpacked(fresh)
-    model = variant.model(engine, 2)
+    model = variant.model(engine)
     album = make_album(folder / "album", engine, plan.scenes, plan.clips)
     losses = learn(model, engine, album, plan, directory / "trainer", steps)
     shown = {task.subject.digest: task.subject for task in tasks}

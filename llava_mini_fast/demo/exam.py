@@ -131,7 +131,9 @@ def examine_features(model: Any, tokenizer: Any, album: Album, tasks: Sequence[T
         for task in tasks[start : start + AT_ONCE]:
             shown = task.subject.scenes if isinstance(task.subject, Clip) else [task.subject]
             lesson = Lesson(album.frames(shown), [told(tokenizer, [task.question])])
-            out = model(**batch(album, [lesson]))
+            made = batch(album, [lesson])
+            made.pop("notes")
+            out = model(**made)
             targets = out["targets"][0, 1:]
             said = out["logits"][0, :-1].argmax(-1)[targets >= 0]
             answers.append(tokenizer.decode(said, skip_special_tokens=True))

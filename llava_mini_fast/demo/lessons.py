@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from llava_mini_fast.config import GRID
 from llava_mini_fast.demo.questions import FACTS, Question, about_clip, about_scene
 from llava_mini_fast.demo.scenes import Clip, Scene
-from llava_mini_fast.demo.tower import most_covered, of_patches, under_patches
+from llava_mini_fast.demo.tower import TARGETS, most_covered, of_patches, under_patches
 from llava_mini_fast.model.vision_tower import VisionTower
 from llava_mini_fast.preprocess.prompt import conversation
 from llava_mini_fast.preprocess.views import normalize
@@ -29,6 +29,10 @@ FACTS_EVERY = 40
 CHUNK = 32
 
 
+Note = tuple[int, tuple[int, ...]]
+"""Where in a conversation's ids a shape's name ends, and the shape's classes by `TARGETS`: 0 if there is no such shape."""
+
+
 @dataclass(frozen=True)
 class Lesson:
     """Conversations about the same frames."""
@@ -37,6 +41,8 @@ class Lesson:
     """Rows of the stored features; none for text alone."""
     conversations: list[tuple[list[int], list[int]]]
     """(ids, labels) of each."""
+    notes: list[list[Note]] = field(default_factory=list)
+    """Of each conversation, for a tutor; none where nobody tutors."""
 
 
 class Album:
@@ -131,10 +137,12 @@ class Lessons(Dataset):
         if isinstance(subject, Clip):
             return Lesson(self.album.frames(subject.scenes), [told(self.tokenizer, [about_clip(subject, rng)])])
         asked = [about_scene(subject, rng)[: self.turns] for _ in range(CONVERSATIONS)]
-        return Lesson(self.album.frames([subject]), [told(self.tokenizer, questions) for questions in asked])
+        conversations = [told(self.tokenizer, questions) for questions in asked]
+        notes = [noted(self.tokenizer, ids, questions) for (ids, _), questions in zip(conversations, asked)]
+        return Lesson(self.album.frames([subject]), conversations, notes)
 
     def collate(self, lessons: Sequence[Lesson]) -> dict[str, Any]:
-        """Arguments of `TrainableModel.forward`."""
+        """Arguments of `tutor.Tutored.forward`."""
         return batch(self.album, lessons, self.patches)
 
 
@@ -145,12 +153,32 @@ def told(tokenizer: Any, questions: Sequence[Question], media: bool = True) -> t
     return tokenized(tokenizer, [*messages, {"role": "assistant", "content": history[-1][1]}])
 
 
+def noted(tokenizer: Any, ids: Sequence[int], questions: Sequence[Question]) -> list[Note]:
+    """The notes of a conversation whose ids are given."""
+    notes, start = [], 0
+    for question in questions:
+        text = tokenizer.encode(question.text, add_special_tokens=False)
+        start = _find(ids, text, start)
+        for name, shape in question.names:
+            words = tokenizer.encode(f" {name}", add_special_tokens=False)
+            classes = [0 if shape is None else values.index(getattr(shape, key)) + 1 for key, values in TARGETS.items()]
+            notes.append((start + _find(text, words, 0) + len(words) - 1, tuple(classes)))
+        start += len(text)
+    return notes
+
+
+def _find(ids: Sequence[int], part: Sequence[int], start: int) -> int:
+    """The first place from `start` on where `part` lies in `ids`."""
+    return next(n for n in range(start, len(ids)) if list(ids[n : n + len(part)]) == list(part))
+
+
 def batch(album: Album, lessons: Sequence[Lesson], patches: int | None = None) -> dict[str, Any]:
-    """Arguments of `TrainableModel.forward`; a frame that several lessons show is there once. `patches` as in `Lessons`."""
+    """Arguments of `tutor.Tutored.forward`; a frame that several lessons show is there once. `patches` as in `Lessons`."""
     rows = sorted({row for lesson in lessons for row in lesson.frames})
     place = {row: n for n, row in enumerate(rows)}
     rows_of = [[place[row] for row in lesson.frames] for lesson in lessons]
     each = [(*told, frames) for lesson, frames in zip(lessons, rows_of) for told in lesson.conversations]
+    notes = [note for lesson in lessons for note in lesson.notes or [[]] * len(lesson.conversations)]
     features = album.features(rows) if rows else None
     kept = album.some_patches(rows, patches) if rows and patches else None
     if kept is not None:
@@ -161,4 +189,5 @@ def batch(album: Album, lessons: Sequence[Lesson], patches: int | None = None) -
         "frames": [frames for _, _, frames in each],
         "features": features,
         "kept": kept,
+        "notes": notes,
     }

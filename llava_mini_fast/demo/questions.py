@@ -20,6 +20,8 @@ class Question:
     kind: str
     text: str
     answer: str
+    names: tuple[tuple[str, Shape | None], ...] = ()
+    """Words of the text that name a shape, and the shape that they name, if there is one: what a tutor may ask about."""
 
 
 FACTS = (
@@ -69,12 +71,12 @@ def _only(scene: Scene, attribute: str, rng: Random) -> Shape | None:
 
 def _colour(scene: Scene, rng: Random) -> Question | None:
     shape = _only(scene, "shape", rng)
-    return shape and Question("colour", f"What colour is the {shape.shape}?", shape.colour)
+    return shape and Question("colour", f"What colour is the {shape.shape}?", shape.colour, ((shape.shape, shape),))
 
 
 def _shape(scene: Scene, rng: Random) -> Question | None:
     shape = _only(scene, "colour", rng)
-    return shape and Question("shape", f"Which shape is {shape.colour}?", shape.shape)
+    return shape and Question("shape", f"Which shape is {shape.colour}?", shape.shape, ((shape.colour, shape),))
 
 
 def _count(scene: Scene, rng: Random) -> Question:
@@ -88,27 +90,31 @@ def _count(scene: Scene, rng: Random) -> Question:
 
 def _place(scene: Scene, rng: Random) -> Question:
     shape = rng.choice(scene.shapes)
-    return Question("place", f"Where is the {shape.name}?", shape.place)
+    return Question("place", f"Where is the {shape.name}?", shape.place, ((shape.name, shape),))
 
 
 def _yes_no(scene: Scene, rng: Random) -> Question:
-    names = {shape.name for shape in scene.shapes}
+    shapes = {shape.name: shape for shape in scene.shapes}
     if rng.random() < 0.5:
-        return Question("yes/no", f"Is there a {rng.choice(sorted(names))}?", "yes")
-    # a colour and a form that are both to be seen, apart, make the harder half of the noes
-    seen = [f"{a.colour} {b.shape}" for a in scene.shapes for b in scene.shapes]
-    everything = [f"{colour} {form}" for colour in COLOURS for form in SHAPES]
-    other = [name for name in (seen if rng.random() < 0.5 else everything) if name not in names]
-    return Question("yes/no", f"Is there a {rng.choice(other or [n for n in everything if n not in names])}?", "no")
+        name = rng.choice(sorted(shapes))
+    else:
+        # a colour and a form that are both to be seen, apart, make the harder half of the noes
+        seen = [f"{a.colour} {b.shape}" for a in scene.shapes for b in scene.shapes]
+        everything = [f"{colour} {form}" for colour in COLOURS for form in SHAPES]
+        other = [name for name in (seen if rng.random() < 0.5 else everything) if name not in shapes]
+        name = rng.choice(other or [n for n in everything if n not in shapes])
+    answer = "yes" if name in shapes else "no"
+    return Question("yes/no", f"Is there a {name}?", answer, ((name, shapes.get(name)),))
 
 
 def _compare(scene: Scene, rng: Random) -> Question | None:
     if len(scene.shapes) < 2:
         return None
     a, b = rng.sample(scene.shapes, 2)
+    names = ((a.name, a), (b.name, b))
     if a.size != b.size and rng.random() < 0.5:
         larger = a if SIZES[a.size] > SIZES[b.size] else b
-        return Question("compare", f"Which is larger, the {a.name} or the {b.name}?", larger.name)
+        return Question("compare", f"Which is larger, the {a.name} or the {b.name}?", larger.name, names)
     across, down = abs(a.x - b.x), abs(a.y - b.y)
     if across >= down:
         word, true = "left of" if rng.random() < 0.5 else "right of", a.x < b.x
@@ -116,7 +122,7 @@ def _compare(scene: Scene, rng: Random) -> Question | None:
     else:
         word, true = "above" if rng.random() < 0.5 else "below", a.y < b.y
         answer = true == (word == "above")
-    return Question("compare", f"Is the {a.name} {word} the {b.name}?", "yes" if answer else "no")
+    return Question("compare", f"Is the {a.name} {word} the {b.name}?", "yes" if answer else "no", names)
 
 
 def _plural(form: str) -> str:

@@ -25,8 +25,8 @@ from llava_mini_fast.demo.fresh import make_fresh
 from llava_mini_fast.demo.lessons import Album, Lessons
 from llava_mini_fast.demo.questions import CLIP_KINDS
 from llava_mini_fast.demo.tower import train_tower
+from llava_mini_fast.demo.tutor import Tutored
 from llava_mini_fast.engine import LlavaMini
-from llava_mini_fast.train.model import TrainableModel
 from llava_mini_fast.train.recipe import fit, write_published
 
 
@@ -54,11 +54,7 @@ class Plan:
     tower_batch: int = 8
     scenes: int = 6500
     clips: int = 3250
-    parts: tuple[Part, ...] = (
-        Part(3, 1.5e-3, patches=100),
-        Part(3, 1e-3, patches=100, turns=6, kinds=("direction",)),
-        Part(1, 5e-4, clips=1000),
-    )
+    parts: tuple[Part, ...] = (Part(4, 1e-3, patches=100, turns=6), Part(1, 5e-4, turns=4))
     batch: int = 15
     """Pictures and clips of a step; a picture brings two conversations."""
     warmup: float = 0.05
@@ -84,7 +80,7 @@ def train_demo(folder: Path, plan: Plan | None = None) -> Path:
     if not (trained / "config.json").is_file():
         engine = unpacked(fresh)
         album = make_album(folder / "album", engine, plan.scenes, plan.clips)
-        learn(TrainableModel(engine, 2), engine, album, plan, folder / "stage2")
+        learn(Tutored(engine), engine, album, plan, folder / "stage2")
         write_published(engine, trained)
     return halved(trained, folder / "model")
 
@@ -102,7 +98,7 @@ def make_album(folder: Path, engine: LlavaMini, num_scenes: int, num_clips: int,
 
 
 def learn(
-    model: TrainableModel, engine: LlavaMini, album: Album, plan: Plan, folder: Path, steps: Sequence[int] = ()
+    model: Tutored, engine: LlavaMini, album: Album, plan: Plan, folder: Path, steps: Sequence[int] = ()
 ) -> list[float]:
     """Stage 2 of a model over an album, part by part of the plan.
 

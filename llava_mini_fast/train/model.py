@@ -36,6 +36,9 @@ class TrainableModel(nn.Module):
         ValueError: another stage than 1 or 2, or packed weights.
     """
 
+    _keys_to_ignore_on_save = None
+    """transformers' Trainer asks every model for it when a checkpoint lacks a weight."""
+
     def __init__(self, engine: LlavaMini, stage: int):
         super().__init__()
         if stage not in (1, 2):

@@ -16,8 +16,9 @@ from llava_mini_fast.demo.fresh import make_tokenizer
 from llava_mini_fast.demo.lessons import Album, Lessons
 from llava_mini_fast.demo.questions import FACTS
 from llava_mini_fast.demo.scenes import COLOURS, DIRECTIONS, PLACES, SHAPES
+from llava_mini_fast.demo.tower import TARGETS
+from llava_mini_fast.demo.tutor import Tutored
 from llava_mini_fast.train.data import IGNORED
-from llava_mini_fast.train.model import TrainableModel
 
 pytest.importorskip("accelerate", reason="the extra `train` is not installed")
 PARTS = (recipe.Part(1, 1e-3, patches=100, turns=2, kinds=("direction",)), recipe.Part(1, 1e-3))
@@ -107,16 +108,52 @@ def test_lessons_ask_anew_each_epoch_and_share_frames(album, engine):
     assert engine.tokenizer.decode(answers).count("<|eot_id|>") == 3
 
 
+def test_a_tutor_asks_what_names_mean(album, engine):
+    lessons = Lessons(album, album.scenes, engine.tokenizer, turns=6)
+    asked = 0
+    for scene, lesson in zip(album.scenes, (lessons[n] for n in range(len(album.scenes)))):
+        shapes = {shape.name: shape for shape in scene.shapes}
+        for (ids, labels), notes in zip(lesson.conversations, lesson.notes):
+            for place, classes in notes:
+                assert labels[place] == IGNORED, "a name in a question, not in an answer"
+                words = engine.tokenizer.decode(ids[place - 1 : place + 1]).split()
+                named = shapes.get(" ".join(words)) or next(
+                    (s for s in scene.shapes if words[-1] in (s.shape, s.colour)), None
+                )
+                wanted = (
+                    [values.index(getattr(named, key)) + 1 for key, values in TARGETS.items()]
+                    if any(classes)
+                    else [0] * 4
+                )
+                assert list(classes) == wanted
+                asked += 1
+    assert asked > 20
+
+
+def test_a_tutors_questions_are_in_the_loss_and_reach_pre_fusion(album, engine):
+    torch.manual_seed(0)
+    model, lessons = Tutored(engine), Lessons(album, [*album.scenes, *album.clips], engine.tokenizer, patches=100)
+    made = lessons.collate([lessons[0], lessons[TINY.scenes]])
+    assert made["features"].shape == (len(made["kept"]), 1, 100, 128)
+    out = model(**made)
+    plain = model(**made | {"notes": [[] for _ in made["notes"]]})
+    assert "tutor" not in plain and torch.allclose(out["loss"], plain["loss"] + out["tutor"])
+    out["loss"].backward()
+    assert all(
+        weight.grad.abs().sum() > 0 for weight in (model.tutor.weight, model.front.prefusion_layers[0].qkv_proj.weight)
+    )
+
+
 def test_ablations_leave_out_what_they_say(folder, engine, album):
     lessons = Lessons(album, album.scenes, engine.tokenizer)
     made = lessons.collate([lessons[0]])
     rows = {
-        model: [len(one) for one in model(engine, 2).fused_rows(made["input_ids"], made["labels"], made["frames"], features=made["features"])]
-        for model in (TrainableModel, ablations.WithoutCompression, ablations.WithoutPreFusion)
+        model: [len(one) for one in model(engine).fused_rows(made["input_ids"], made["labels"], made["frames"], features=made["features"])]
+        for model in (Tutored, ablations.WithoutCompression, ablations.WithoutPreFusion)
     }  # fmt: skip
-    assert rows[ablations.WithoutPreFusion] == rows[TrainableModel]
-    assert [n - 575 for n in rows[ablations.WithoutCompression]] == rows[TrainableModel]
-    plain = ablations.WithoutPreFusion(engine, 2)
+    assert rows[ablations.WithoutPreFusion] == rows[Tutored]
+    assert [n - 575 for n in rows[ablations.WithoutCompression]] == rows[Tutored]
+    plain = ablations.WithoutPreFusion(engine)
     (fused, _) = plain.fused_rows(made["input_ids"], made["labels"], made["frames"], features=made["features"])
     ids = made["input_ids"][0]
     place = (ids == -200).nonzero().item()
