@@ -1,5 +1,6 @@
 """`make run`'s demonstration, start to end in a child process, and its clock."""
 
+import os
 import subprocess
 import sys
 import types
@@ -11,7 +12,8 @@ from llava_mini_fast import demo
 
 def test_answers_are_right():
     command = [sys.executable, "-P", "-m", "llava_mini_fast.demo"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    wide = os.environ | {"COLUMNS": "200"}
+    result = subprocess.run(command, env=wide, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     rows = [[cell.strip() for cell in line.strip("│┃ ").split("│")] for line in result.stdout.splitlines()]
     answers = {row[1]: row[2] for row in rows if len(row) == 3}
