@@ -98,7 +98,7 @@ def _one(
     held_out = Album(folder / f"held-out-{len(tasks)}", engine.front.vision_tower, list(shown.values()), [])
     result = examine_features(model.eval(), engine.tokenizer, held_out, tasks)
     return {
-        "variant": variant.name, "vision_rows": variant.vision_rows, "steps": steps, "last_loss": losses[-1],
+        "variant": variant.name, "vision_rows": variant.vision_rows, "steps": steps, "last_loss": losses[-1] if losses else None,
         "accuracy": result.accuracy, "overall": result.overall, "majority": result.majority,
     }  # fmt: skip
 

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -167,7 +166,7 @@ def test_a_killed_run_ends_as_one_that_was_not(folder, tmp_path):
         sys.executable,
         "-P",
         "-c",
-        f"from llava_mini_fast.demo.recipe import *; train_demo(Path({str(tmp_path)!r}), Plan(**{asdict(TINY)!r}))",
+        f"from llava_mini_fast.demo.recipe import *; train_demo(Path({str(tmp_path)!r}), {TINY!r})",
     ]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 300

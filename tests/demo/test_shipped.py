@@ -121,10 +121,8 @@ def test_eval_shows_a_table_and_refuses_what_vllm_has_not():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("backend", "questions", "environment"), [("triton", 20, {"TRITON_INTERPRET": "1"}), ("cuda-cpu", 9, {})]
-)
-def test_kernels_answer_alike(tmp_path, demo, backend, questions, environment):
-    found = evaluated(tmp_path, "--backend", backend, "--questions", str(questions), "--seed", "4", **environment)
-    wanted = exam.examine(demo, exam.exam(questions, seed=4))
+def test_triton_kernels_answer_alike(tmp_path, demo):
+    found = evaluated(tmp_path, "--backend", "triton", "--questions", "9", "--seed", "4", TRITON_INTERPRET="1")
+    assert found["backend"] == "triton"
+    wanted = exam.examine(demo, exam.exam(9, seed=4))
     assert found["accuracy"] == wanted.accuracy
