@@ -121,8 +121,16 @@ def test_eval_shows_a_table_and_refuses_what_vllm_has_not():
 
 
 @pytest.mark.slow
-def test_triton_kernels_answer_alike(tmp_path, demo):
-    found = evaluated(tmp_path, "--backend", "triton", "--questions", "9", "--seed", "4", TRITON_INTERPRET="1")
-    assert found["backend"] == "triton"
-    wanted = exam.examine(demo, exam.exam(9, seed=4))
-    assert found["accuracy"] == wanted.accuracy
+def test_triton_kernels_answer_alike(demo):
+    """Pictures alone: in Triton's interpreter a clip takes a minute."""
+    code = (
+        "import json, llava_mini_fast as lmf; from llava_mini_fast.demo import exam, shipped; "
+        f"tasks = exam.exam(6, seed=4, kinds={PICTURE_KINDS!r}); "
+        "print(json.dumps(exam.examine(lmf.load(shipped(), backend='triton'), tasks).answers))"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-P", "-c", code]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550, check=False)
+    assert child.returncode == 0, child.stderr[-3000:]
+    wanted = exam.examine(demo, exam.exam(6, seed=4, kinds=PICTURE_KINDS)).answers
+    assert json.loads(child.stdout.splitlines()[-1]) == wanted
