@@ -154,14 +154,12 @@ def fit(
     data: Dataset,
     collate: Callable[[Sequence[Any]], dict[str, Any]],
     optimizer: torch.optim.Optimizer,
-    callbacks: Sequence[Any] = (),
 ) -> Any:
     """Train a model, or go on from the last step that was saved in `arguments.output_dir`.
 
     Args:
         arguments: transformers' `TrainingArguments`.
         data: whose items `collate` makes arguments of `TrainableModel.forward` from.
-        callbacks: transformers' `TrainerCallback`s.
 
     Returns:
         transformers' `Trainer`, done.
@@ -175,7 +173,6 @@ def fit(
         data_collator=collate,
         train_dataset=data,
         optimizers=(optimizer, None),
-        callbacks=list(callbacks),
     )
     trainer.train(resume_from_checkpoint=_last_saved(Path(arguments.output_dir)))
     return trainer
