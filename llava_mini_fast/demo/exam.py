@@ -127,16 +127,13 @@ def examine_features(model: Any, tokenizer: Any, album: Album, tasks: Sequence[T
     decoding would give it.
     """
     answers = []
-    for start in range(0, len(tasks), AT_ONCE):
-        for task in tasks[start : start + AT_ONCE]:
-            shown = task.subject.scenes if isinstance(task.subject, Clip) else [task.subject]
-            lesson = Lesson(album.frames(shown), [told(tokenizer, [task.question])])
-            made = batch(album, [lesson])
-            made.pop("notes")
-            out = model(**made)
-            targets = out["targets"][0, 1:]
-            said = out["logits"][0, :-1].argmax(-1)[targets >= 0]
-            answers.append(tokenizer.decode(said, skip_special_tokens=True))
+    for task in tasks:
+        shown = task.subject.scenes if isinstance(task.subject, Clip) else [task.subject]
+        lesson = Lesson(album.frames(shown), [told(tokenizer, [task.question])])
+        out = model(**batch(album, [lesson]))
+        targets = out["targets"][0, 1:]
+        said = out["logits"][0, :-1].argmax(-1)[targets >= 0]
+        answers.append(tokenizer.decode(said, skip_special_tokens=True))
     return marked(tasks, answers)
 
 

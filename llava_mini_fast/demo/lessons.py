@@ -183,11 +183,11 @@ def batch(album: Album, lessons: Sequence[Lesson], patches: int | None = None) -
     kept = album.some_patches(rows, patches) if rows and patches else None
     if kept is not None:
         features = of_patches(features[:, 0], kept)[:, None]
-    return {
+    made = {
         "input_ids": [torch.tensor(ids) for ids, _, _ in each],
         "labels": [torch.tensor(labels) for _, labels, _ in each],
         "frames": [frames for _, _, frames in each],
         "features": features,
         "kept": kept,
-        "notes": notes,
     }
+    return made | {"notes": notes} if any(notes) else made  # what is examined has no tutor

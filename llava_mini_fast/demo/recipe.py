@@ -90,9 +90,9 @@ def unpacked(directory: Path) -> LlavaMini:
     return LlavaMini(directory, checkpoint.read_config(directory), torch.device("cpu"), torch.float32)
 
 
-def make_album(folder: Path, engine: LlavaMini, num_scenes: int, num_clips: int, split: str = "train") -> Album:
-    """Pictures and clips of one split with their features, stored in `folder`."""
-    drawn = list(islice(scenes(1, split), num_scenes)), list(islice(clips(1, split), num_clips))
+def make_album(folder: Path, engine: LlavaMini, num_scenes: int, num_clips: int) -> Album:
+    """Pictures and clips of the training split with their features, stored in `folder`."""
+    drawn = list(islice(scenes(1, "train"), num_scenes)), list(islice(clips(1, "train"), num_clips))
     with _bar(f"features of {num_scenes} pictures and {num_clips} clips") as shown:
         return Album(folder, engine.front.vision_tower, *drawn, progress=shown)
 
