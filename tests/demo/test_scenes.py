@@ -1,6 +1,7 @@
 """The demo model's data: answers that fit what is drawn, splits that share nothing, files that our own loaders read."""
 
 import json
+from dataclasses import replace
 from itertools import islice
 from random import Random
 
@@ -33,9 +34,19 @@ def test_answers_fit_the_scene():
     asked = answers(SCENE, "yes/no")
     assert asked["Is there a red circle?"] == "yes" and asked["Is there a blue circle?"] == "no"
     compared = answers(SCENE, "compare")
-    assert compared["Which is larger, the red circle or the blue square?"] == "red circle"
-    assert compared["Is the red circle left of the blue square?"] == "yes"
+    for word in ("larger", "further left", "higher"):
+        for names in ("the red circle or the blue square", "the blue square or the red circle"):
+            assert compared[f"Which is {word}, {names}?"] == "red circle"
     assert caption(SCENE) == "A large red circle at the top left and a small blue square at the right."
+
+
+def test_what_differs_too_little_is_not_compared():
+    beside = replace(BLUE_SQUARE, y=0.22)
+    assert {text.split(",")[0] for text in answers(replace(SCENE, shapes=(RED_CIRCLE, beside)), "compare")} == {
+        "Which is larger", "Which is further left",
+    }  # fmt: skip
+    near = replace(beside, size="large", x=0.3)
+    assert not answers(replace(SCENE, shapes=(RED_CIRCLE, near)), "compare")
 
 
 def test_pictures_show_what_is_said():

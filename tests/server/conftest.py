@@ -7,12 +7,12 @@ from llava_mini_fast.testing.serving import Server
 
 @pytest.fixture
 def start(checkpoint, tmp_path):
-    """start(*flags, **environment) -> a server of the test's own."""
+    """start(*flags, of="llama31", **more) -> a server of the test's own; `of=None` is the demo model, `more` as `Server`'s."""
     servers = []
 
-    def run(*flags, **environment):
+    def run(*flags, of="llama31", **more):
         log = tmp_path / f"server-{len(servers)}.log"
-        servers.append(Server(checkpoint("llama31"), log, *flags, **environment))
+        servers.append(Server(of and checkpoint(of), log, *flags, **more))
         return servers[-1].wait()
 
     yield run

@@ -1,21 +1,35 @@
 """The official client gets the offline answers, token for token."""
 
 import io
+import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import llava_mini_fast as lmf
+from llava_mini_fast.preprocess.prompt import LLAMA_SYSTEM
 from llava_mini_fast.testing.serving import MODEL, about, clip, data_url, picture, png
 
 TOKENS = 8
 
 
-def offline(model, medium, question, history=()):
+def offline(model, medium, question, history=(), of="llama31"):
     """The standalone engine's text for what `about` sends."""
     ours = None if medium is None else lmf.video(medium) if isinstance(medium, bytes) else lmf.image(medium)
     # vLLM leaves out a last character that is not whole yet
-    return model("llama31").ask(ours, question, TOKENS, history=history).rstrip("\ufffd")
+    return model(of).ask(ours, question, TOKENS, history=history).rstrip("\ufffd")
+
+
+def converse(server, model, medium, of="llama31"):
+    """Three turns about a medium, each answered as offline."""
+    questions, messages, history = ("What?", "Where is it?", "Why so?"), [], []
+    for turn, question in enumerate(questions):
+        messages.append(about(None if turn else medium, question))
+        answer = server.ask(messages, TOKENS)
+        assert answer == offline(model, medium, question, history, of)
+        messages.append({"role": "assistant", "content": answer})
+        history.append((question, answer))
 
 
 @pytest.mark.parametrize("kind", ["image", "clip", "text"])
@@ -34,13 +48,25 @@ def test_a_picture_with_transparency_and_another_format(server, model):
 
 
 def test_three_turns(server, model):
-    medium, questions, messages, history = picture(3), ("What?", "Where is it?", "Why so?"), [], []
-    for turn, question in enumerate(questions):
-        messages.append(about(None if turn else medium, question))
-        answer = server.ask(messages, TOKENS)
-        assert answer == offline(model, medium, question, history)
-        messages.append({"role": "assistant", "content": answer})
-        history.append((question, answer))
+    converse(server, model, picture(3))
+
+
+@pytest.mark.slow
+def test_vicuna(start, model):
+    server = start(of="vicuna")
+    for medium in (picture(3), clip(), None):
+        converse(server, model, medium, of="vicuna")
+
+
+@pytest.mark.slow
+def test_the_documentations_client_is_answered_right(start, capsys, monkeypatch):
+    """docs/serving.md's example, word for word, against the demo model."""
+    root = Path(__file__).parents[2]
+    (code,) = re.findall(r"```python\n(.*?)```", (root / "docs" / "serving.md").read_text(encoding="utf-8"), re.DOTALL)
+    server = start("--served-model-name", "demo", of=None)
+    monkeypatch.chdir(root)
+    exec(code.replace("http://127.0.0.1:8000", server.url), {})
+    assert capsys.readouterr().out == "three\n"
 
 
 def test_streaming_gives_the_same_text_in_pieces(server, model):
@@ -53,8 +79,6 @@ def test_streaming_gives_the_same_text_in_pieces(server, model):
 
 def test_a_system_message_of_ones_own_takes_the_place_of_the_published(server):
     usual = server.ask([about(picture(5), "What?")], TOKENS)
-    from llava_mini_fast.preprocess.prompt import LLAMA_SYSTEM
-
     same = server.ask([{"role": "system", "content": LLAMA_SYSTEM}, about(picture(5), "What?")], TOKENS)
     other = server.ask([{"role": "system", "content": "Answer in rhymes."}, about(picture(5), "What?")], TOKENS)
     assert usual == same != other

@@ -2,6 +2,7 @@
 
 import asyncio
 import http.server
+import socket
 import threading
 
 import aiohttp
@@ -73,9 +74,13 @@ def test_failures_are_sentences_that_give_nothing_away(error, words):
     assert not {"10.0.0.1", "/etc/passwd", "http://"} & set(str(caught.value).split())
 
 
-def test_http_pictures_come_through_an_allowed_domain():
+@pytest.fixture
+def host():
+    """A web server on this machine with one picture, a.png; host.asked are the paths that it was asked for."""
+
     class Pictures(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            host.asked.append(self.path)
             blob = png(picture(2))
             self.send_response(200 if self.path == "/a.png" else 404)
             self.send_header("Content-Length", str(len(blob)))
@@ -86,10 +91,43 @@ def test_http_pictures_come_through_an_allowed_domain():
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pictures) as host:
+        host.asked = []
         threading.Thread(target=host.serve_forever, daemon=True).start()
-        allowed = connector.Connector(allowed_media_domains=["127.0.0.1"])
-        found = allowed.fetch_image(f"http://127.0.0.1:{host.server_port}/a.png").media
-        assert found.tobytes() == picture(2).tobytes()
-        with pytest.raises(MediaError, match="does not give it out"):
-            allowed.fetch_image(f"http://127.0.0.1:{host.server_port}/b.png")
+        yield host
         host.shutdown()
+
+
+def test_http_pictures_come_through_an_allowed_domain(host):
+    allowed = connector.Connector(allowed_media_domains=["127.0.0.1"])
+    found = allowed.fetch_image(f"http://127.0.0.1:{host.server_port}/a.png").media
+    assert found.tobytes() == picture(2).tobytes()
+    with pytest.raises(MediaError, match="does not give it out"):
+        allowed.fetch_image(f"http://127.0.0.1:{host.server_port}/b.png")
+
+
+@pytest.mark.parametrize("private", ["0", "1"])
+def test_a_name_that_turns_inwards_after_the_check(host, monkeypatch, private):
+    """DNS rebinding: the connection is made to no other address than one that was checked."""
+    monkeypatch.setenv(connector.PRIVATE, private)
+    stands_for = iter(["93.184.216.34", "127.0.0.1"]) if private == "0" else iter(["127.0.0.1"])
+
+    def resolved(_, port, *__, **___):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(stands_for), port or 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+
+    async def fetched():
+        found = connector.Connector()
+        # of this event loop alone, where the server has one for good
+        found.connection = type(found.connection)()
+        try:
+            return await found.fetch_image_async(f"http://example.org:{host.server_port}/a.png")
+        finally:
+            await (await found.connection.get_async_client()).close()
+
+    if private == "1":
+        assert asyncio.run(fetched()).media.tobytes() == picture(2).tobytes()
+        return
+    with pytest.raises(MediaError, match="public addresses only"):
+        asyncio.run(fetched())
+    assert host.asked == []

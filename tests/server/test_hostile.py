@@ -13,6 +13,8 @@ import psutil
 import pytest
 from PIL import Image
 
+import llava_mini_fast as lmf
+from llava_mini_fast.preprocess.prompt import LLAMA_SYSTEM
 from llava_mini_fast.testing.serving import MODEL, about, bomb, clip, data_url, picture, png
 
 FORBIDDEN = re.compile(
@@ -197,6 +199,13 @@ RAW = {
     "embeddings": ("/v1/completions", json.dumps({"model": MODEL, "prompt_embeds": "AAAA"}).encode()),
     "no such address": ("/v1/nothing", b"{}"),
 }
+PLAIN_500 = {
+    "png bomb", "gif bomb", "webp bomb", "file url", "file url of a clip", "loopback", "loopback by name",
+    "loopback, IPv6", "unknown host", "no base64",
+}  # fmt: skip
+"""What plain `vllm serve` answers with an internal server error."""
+OUTSIDE = {"metadata service", "private network"}
+"""What plain `vllm serve` would look for in the network, for minutes where packets get lost."""
 
 
 def posted(server, path, data):
@@ -261,6 +270,21 @@ def test_memory_stays(server):
         posted(server, "/v1/chat/completions", bodies[n % len(bodies)])
     assert answers(server)
     assert used() - before < 100 * 2**20
+
+
+@pytest.mark.slow
+def test_plain_vllm_serves_too(start, model):
+    """What docs/serving.md says of it: the same answers with the system message sent along, and these are errors of its own."""
+    server = start(plain=True)
+    said = server.ask([{"role": "system", "content": LLAMA_SYSTEM}, about(picture(1), "What is this?")], 8)
+    assert said == model("llama31").ask(lmf.image(picture(1)), "What is this?", 8).rstrip("\ufffd")
+    failed = {
+        name
+        for name, make in CHAT.items()
+        if name not in OUTSIDE and posted(server, "/v1/chat/completions", json.dumps(make()).encode())[0] >= 500
+    }
+    assert failed == PLAIN_500
+    assert answers(server)
 
 
 def test_formats_that_pass_are_pictures():

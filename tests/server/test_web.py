@@ -19,6 +19,7 @@ if not (shutil.which("chromium") and shutil.which("chromedriver")):
 
 pytestmark = pytest.mark.slow
 PATIENCE = 60
+ANSWERS = "[...document.querySelectorAll('#chat .bot.message')].map(answer => answer.innerText.trim())"
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,20 @@ def ask(browser, text):
 
 def answers(browser):
     """The texts of the chat's answers."""
-    return [element.text for element in browser.find_elements("css selector", "#chat .bot.message")]
+    return browser.execute_script(f"return {ANSWERS}")
+
+
+def watch_answers(browser):
+    """From now on the page notes down what its answers look like at every change."""
+    browser.execute_script(
+        "window.seen = [];"
+        f"new MutationObserver(() => window.seen.push({ANSWERS}.join()))"
+        ".observe(document.querySelector('#chat'), {subtree: true, childList: true, characterData: true})"
+    )
+
+
+def idle(server):
+    return server.metric("vllm:num_requests_running") == 0
 
 
 def test_ask_stream_and_ask_again(browser, server, tmp_path):
@@ -103,18 +117,13 @@ def test_ask_stream_and_ask_again(browser, server, tmp_path):
     picture(1).save(path)
     upload(browser, path)
     until(lambda: browser.find_elements("css selector", "#picture img"))
+    watch_answers(browser)
     ask(browser, "What is this?")
-    lengths = set()
-
-    def grown():
-        lengths.update(len(text) for text in answers(browser))
-        return len(lengths - {0}) > 1
-
-    until(grown, "the answer did not come in pieces", lengths)
-    until(lambda: find(browser, "#question textarea").get_attribute("value") == "" and len(answers(browser)) == 1)
-    time.sleep(1)
+    until(lambda: idle(server) and len(answers(browser)) == 1)
+    shown = browser.execute_script("return window.seen")
+    assert len({len(text) for text in shown if text}) > 2, "the answer did not come in pieces"
+    assert find(browser, "#question textarea").get_attribute("value") == ""
     before = server.metric("llava_mini_cache_misses_total")
-    until(lambda: server.metric("vllm:num_requests_running") == 0)
     ask(browser, "Where is it?")
     until(lambda: len(answers(browser)) == 2)
     assert server.metric("llava_mini_cache_misses_total") == before
@@ -135,6 +144,14 @@ def test_a_bad_file_is_a_sentence_and_the_next_good_one_is_answered(browser, tmp
     until(lambda: browser.find_elements("css selector", "#picture img"))
     ask(browser, "What is this?")
     until(lambda: answers(browser))
+
+
+@pytest.mark.parametrize(("name", "shown"), [("shapes", "#picture img"), ("moving", "#clip video")])
+def test_example_buttons(browser, name, shown):
+    find(browser, f"#try-{name}").click()
+    until(lambda: browser.find_elements("css selector", shown))
+    ask(browser, "What is this?")
+    until(lambda: any(answers(browser)))
 
 
 def test_the_heat_map_is_drawn(browser, tmp_path):
