@@ -9,6 +9,7 @@ everything but the tower at ten times the published rate. Each part goes on wher
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -65,7 +66,8 @@ def train_demo(folder: Path, plan: Plan | None = None) -> Path:
     """Make the demo model in `folder`, or go on making it.
 
     Args:
-        folder: gets tower/, album/, fresh/ (untrained), trained/ (float32) and model/ (float16, what ships).
+        folder: gets tower/, album/, fresh/ (untrained), stage2/, losses.json (of every tenth step of stage 2), trained/ (float32)
+            and model/ (float16, what ships).
 
     Returns:
         `folder`/model.
@@ -80,7 +82,8 @@ def train_demo(folder: Path, plan: Plan | None = None) -> Path:
     if not (trained / "config.json").is_file():
         engine = unpacked(fresh)
         album = make_album(folder / "album", engine, plan.scenes, plan.clips)
-        learn(Tutored(engine), engine, album, plan, folder / "stage2")
+        losses = learn(Tutored(engine), engine, album, plan, folder / "stage2")
+        (folder / "losses.json").write_text(json.dumps(losses) + "\n", encoding="utf-8")
         write_published(engine, trained)
     return halved(trained, folder / "model")
 

@@ -7,6 +7,7 @@ from PIL import Image
 
 import llava_mini_fast as lmf
 from llava_mini_fast import reference as spec
+from llava_mini_fast.demo import exam, shipped
 from llava_mini_fast.ops import cuda_cpu
 from llava_mini_fast.ops.segments import Segments
 from llava_mini_fast.testing.cases import load_cases
@@ -49,6 +50,12 @@ def test_a_video_of_two_frames(request, checkpoint, emulated, counted):
     expected = ReferenceEngine(checkpoint("llama31"), "float32").embed(prompt, lmf.video(frames))
     torch.testing.assert_close(fused, expected, rtol=0, atol=1e-4)
     assert set(counted) == set(cuda_cpu.OPS)
+
+
+def test_the_demo_model_answers_alike(cuda_cpu_library):
+    tasks = exam.exam(3, seed=6, kinds=("colour", "count", "place"))
+    emulated, plain = (lmf.load(shipped(), backend=backend) for backend in ("cuda-cpu", "torch"))
+    assert exam.examine(emulated, tasks).answers == exam.examine(plain, tasks).answers
 
 
 def test_hd_on_a_small_grid(checkpoint, emulated):

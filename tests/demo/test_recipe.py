@@ -56,6 +56,7 @@ def test_what_is_made_loads_and_is_small(folder):
     assert isinstance(model.ask(None, FACTS[0].text, 4), str)
     weights = sum(path.stat().st_size for path in (folder / "model").rglob("*.safetensors"))
     assert weights <= 8 * 2**20
+    assert isinstance(json.loads((folder / "losses.json").read_text()), list)
 
 
 def test_a_finished_run_is_not_run_again(folder, monkeypatch):

@@ -16,10 +16,16 @@ pytest.importorskip("accelerate", reason="the extra `train` is not installed")
 BIN = Path(sys.executable).parent
 
 
-def trained(launcher, checkpoint, data, out, micro_batch):
+DEEPSPEED = {
+    "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto", "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True,
+}  # fmt: skip
+
+
+def trained(launcher, checkpoint, data, out, micro_batch, *more):
     command = [
         *launcher, BIN / "llava-mini", "train", checkpoint, data / "questions.json", "--stage", "2", "--out", out, "--batch", "4",
-        "--micro-batch", micro_batch, "--epochs", "1", "--gradient-checkpointing",
+        "--micro-batch", micro_batch, "--epochs", "1", "--gradient-checkpointing", *more,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     done = subprocess.run(
@@ -31,11 +37,17 @@ def trained(launcher, checkpoint, data, out, micro_batch):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(checkpoint, tmp_path):
+@pytest.mark.parametrize("how", ["accelerate", "deepspeed"])
+def test_two_processes_train_as_one(checkpoint, tmp_path, how):
+    more = []
+    if how == "deepspeed":
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed; no extra names it")
+        (tmp_path / "deepspeed.json").write_text(json.dumps(DEEPSPEED))
+        more = ["--deepspeed", tmp_path / "deepspeed.json"]
     data = make_data(tmp_path / "data", 7, 1, seed=3)
     torchrun = [BIN / "torchrun", "--nproc-per-node", "2", "--no-python"]
     one, losses = trained([], checkpoint("llama31"), data, tmp_path / "one", 4)
-    two, losses_of_two = trained(torchrun, checkpoint("llama31"), data, tmp_path / "two", 2)
+    two, losses_of_two = trained(torchrun, checkpoint("llama31"), data, tmp_path / "two", 2, *more)
     assert len(losses) == 2 and losses == pytest.approx(losses_of_two, rel=0.05)
     assert set(one.names()) == set(two.names())
     # the mean over a process's labels is not quite the mean over all, so steps differ a little, and Adam's first steps by sign
