@@ -14,7 +14,7 @@ from llava_mini_fast.ops.rms_norm import rms_norm
 from llava_mini_fast.ops.rope import rope
 from llava_mini_fast.ops.segments import Segments
 from llava_mini_fast.ops.swiglu import swiglu
-from llava_mini_fast.testing.numerics import assert_law
+from llava_mini_fast.testing.numerics import assert_attention, assert_law, assert_prefix_attention, draw, oracle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -35,15 +35,6 @@ def seed(request, monkeypatch):
     """The schedule of threads, on the CPU."""
     monkeypatch.setenv("LMF_SEED", str(request.param))
     return request.param
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def oracle(dtype):
-    """The dtype that the law judges a result of `dtype` in."""
-    return torch.float64 if dtype == torch.float32 else torch.float32
 
 
 def strided(x, device):
@@ -115,11 +106,6 @@ def test_add_frames(place, seed, dtype, width):
     assert torch.equal(sums.cpu()[[1, 2]], total[[1, 2]])
 
 
-def attend(q, k, v, visible):
-    """One segment by the specification: q (rows, heads, d), k and v (keys, kv_heads, d)."""
-    return spec.attention(*(x.transpose(0, 1) for x in (q, k, v)), visible).view(q.shape)
-
-
 ATTENTION = [(2, 2, 32, 13), (4, 1, 64, 70), (4, 2, 128, 0), (8, 2, 128, 33)]
 
 
@@ -133,15 +119,7 @@ def test_prefix_attention(place, seed, dtype, heads, kv_heads, d, prefix):
     pk, pv = (draw(3, prefix, kv_heads, d, seed=8 + i).to(dtype) for i in range(2))
     segments = Segments.of(lengths, used, device)
     result = prefix_attention(*(strided(x, device) for x in (q, k, v, pk, pv)), segments, backend=backend).cpu()
-    start = 0
-    for length, frame in zip(lengths, used):
-        if length:
-            part = slice(start, start + length)
-            visible = torch.ones(length, prefix + length, dtype=torch.bool).tril(prefix)
-            inputs = q[part], torch.cat([pk[frame], k[part]]), torch.cat([pv[frame], v[part]])
-            expected = attend(*(x.to(oracle(dtype)) for x in inputs), visible)
-            assert_law(result[part], expected, attend(*inputs, visible))
-        start += length
+    assert_prefix_attention(result, (q, k, v), (pk, pv), lengths, used)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -151,11 +129,8 @@ def test_causal_attention(place, seed, dtype, last, rows, d):
     q, k, v = (draw(2, n, h, d, seed=h + n).to(dtype) for n, h in ((last, 4), (rows, 2), (rows, 2)))
     result = causal_attention(*(strided(x, device) for x in (q, k, v)), backend=backend).cpu()
     assert result.shape == q.shape
-    visible = torch.ones(last, rows, dtype=torch.bool).tril(rows - last)
     for frame in range(2 if last else 0):
-        inputs = q[frame], k[frame], v[frame]
-        expected = attend(*(x.to(oracle(dtype)) for x in inputs), visible)
-        assert_law(result[frame], expected, attend(*inputs, visible))
+        assert_attention(result[frame], q[frame], k[frame], v[frame])
 
 
 COMPRESSOR = [(8, 1, 64), (8, 150, 1024), (40, 67, 640), (64, 36, 128), (16, 17, 512)]

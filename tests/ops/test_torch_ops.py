@@ -11,18 +11,9 @@ from llava_mini_fast.ops.rms_norm import rms_norm
 from llava_mini_fast.ops.rope import rope
 from llava_mini_fast.ops.segments import Segments
 from llava_mini_fast.ops.swiglu import swiglu
-from llava_mini_fast.testing.numerics import assert_law
+from llava_mini_fast.testing.numerics import assert_attention, assert_law, assert_prefix_attention, draw, oracle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def oracle(dtype):
-    """The dtype that the law judges a result of `dtype` in."""
-    return torch.float64 if dtype == torch.float32 else torch.float32
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,11 +56,6 @@ def test_rope(dtype, heads, kv_heads):
             assert_law(result.transpose(0, 1), expected, plain)
 
 
-def attend(q, k, v, visible):
-    """One segment by the specification: q (rows, heads, d), k and v (keys, kv_heads, d)."""
-    return spec.attention(*(x.transpose(0, 1) for x in (q, k, v)), visible).view(q.shape)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2)])
 def test_prefix_attention_over_ragged_segments(dtype, heads, kv_heads):
@@ -78,15 +64,7 @@ def test_prefix_attention_over_ragged_segments(dtype, heads, kv_heads):
     q, k, v = (draw(rows, n, d, seed=i).to(dtype) for i, n in enumerate((heads, kv_heads, kv_heads)))
     pk, pv = (draw(3, prefix, kv_heads, d, seed=8 + i).to(dtype) for i in range(2))
     result = prefix_attention(q, k, v, pk, pv, Segments.of(lengths, used, "cpu"))
-    start = 0
-    for length, frame in zip(lengths, used):
-        if length:
-            part = slice(start, start + length)
-            visible = torch.ones(length, prefix + length, dtype=torch.bool).tril(prefix)
-            inputs = q[part], torch.cat([pk[frame], k[part]]), torch.cat([pv[frame], v[part]])
-            expected = attend(*(x.to(oracle(dtype)) for x in inputs), visible)
-            assert_law(result[part], expected, attend(*inputs, visible))
-        start += length
+    assert_prefix_attention(result, (q, k, v), (pk, pv), lengths, used)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,11 +72,8 @@ def test_prefix_attention_over_ragged_segments(dtype, heads, kv_heads):
 def test_causal_attention_of_the_last_rows(dtype, last):
     q, k, v = (draw(2, n, h, 32, seed=h).to(dtype) for n, h in ((last, 4), (11, 2), (11, 2)))
     result = causal_attention(q, k, v)
-    visible = torch.ones(last, 11, dtype=torch.bool).tril(11 - last)
     for frame in range(2):
-        inputs = q[frame], k[frame], v[frame]
-        expected = attend(*(x.to(oracle(dtype)) for x in inputs), visible)
-        assert_law(result[frame], expected, attend(*inputs, visible))
+        assert_attention(result[frame], q[frame], k[frame], v[frame])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,15 +8,10 @@ import torch
 
 from llava_mini_fast import reference as spec
 from llava_mini_fast.ops.segments import Segments
-from llava_mini_fast.testing.numerics import assert_law
+from llava_mini_fast.testing.numerics import assert_attention, assert_law, assert_prefix_attention, draw, oracle
 from llava_mini_fast.triton_kernels.interpreted import watch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def draw(*shape, seed=0, dtype=torch.float64):
-    """Random numbers in a storage of their own, so that a lane beyond them is out of bounds."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def spread(x, gap=3):
@@ -26,27 +21,9 @@ def spread(x, gap=3):
     return wide[..., : x.shape[-1]]
 
 
-def oracle(dtype):
-    """The dtype that the law judges a result of `dtype` in."""
-    return torch.float64 if dtype == torch.float32 else torch.float32
-
-
-def attend(q, k, v, visible):
-    """One segment by the specification: q (rows, heads, d), k and v (keys, kv_heads, d)."""
-    return spec.attention(*(x.transpose(0, 1) for x in (q, k, v)), visible).view(q.shape)
-
-
-def law_of_attention(result, q, k, v, what):
-    """The last rows of a sequence, which see everything up to themselves."""
-    rows, keys = len(q), len(k)
-    visible = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)
-    expected = attend(*(x.to(oracle(result.dtype)) for x in (q, k, v)), visible)
-    assert_law(result, expected, attend(q, k, v, visible), what)
-
-
 def rms_norm(run, dtype, rows=3, width=96, add=True):
-    x, residual, weight = (spread(draw(rows, width, seed=n, dtype=dtype)) for n in range(3))
-    weight = weight[:1].flatten() if rows else draw(width, dtype=dtype)
+    x, residual, weight = (spread(draw(rows, width, seed=n).to(dtype)) for n in range(3))
+    weight = weight[:1].flatten() if rows else draw(width).to(dtype)
     with watch(x=x, residual=residual, weight=weight):
         normed, total = run(x, weight, 1e-5, residual if add else None)
     summed = x + residual if add else x
@@ -57,7 +34,7 @@ def rms_norm(run, dtype, rows=3, width=96, add=True):
 
 
 def swiglu(run, dtype, rows=3, width=96):
-    x = spread(draw(rows, 2 * width, dtype=dtype) * 4)
+    x = spread(draw(rows, 2 * width).to(dtype) * 4)
     with watch(x=x):
         result = run(x)
     assert result.shape == (rows, width)
@@ -67,7 +44,7 @@ def swiglu(run, dtype, rows=3, width=96):
 
 
 def rope(run, dtype, heads=4, kv_heads=2, d=32, rows=5):
-    packed = spread(draw(rows, (heads + 2 * kv_heads) * d, dtype=dtype))
+    packed = spread(draw(rows, (heads + 2 * kv_heads) * d).to(dtype))
     positions = torch.tensor([0, 1, 576, 576, 3000, 2, 7])[:rows]
     frequencies = 10000.0 ** -(torch.arange(0, d, 2, dtype=torch.float64) / d)
     angles = torch.arange(3001)[:, None] * frequencies
@@ -87,7 +64,7 @@ def rope(run, dtype, heads=4, kv_heads=2, d=32, rows=5):
 
 
 def add_frames(run, dtype, frames=3, length=2, width=96):
-    total, rows = draw(5, width, seed=1).float(), draw(frames * length, width, dtype=dtype)
+    total, rows = draw(5, width, seed=1).float(), draw(frames * length, width).to(dtype)
     target = torch.tensor([3, 0, 4, 1, 2])[:length]
     times = torch.tensor([1.0, 0.0, 2.0, 3.0, 1.0])[:frames]
     expected = total.double()
@@ -102,31 +79,23 @@ def add_frames(run, dtype, frames=3, length=2, width=96):
 
 def prefix_attention(run, dtype, heads=4, kv_heads=2, d=32, prefix=13, lengths=(3, 0, 1, 1, 5), used=(1, 0, 2, 0, 1)):
     rows = sum(lengths)
-    q, k, v = (draw(rows, n, d, seed=i, dtype=dtype) for i, n in enumerate((heads, kv_heads, kv_heads)))
+    q, k, v = (draw(rows, n, d, seed=i).to(dtype) for i, n in enumerate((heads, kv_heads, kv_heads)))
     # as in the image state: frames, layers, K and V, rows
-    state = draw(3, 2, 2, prefix, kv_heads, d, seed=9, dtype=dtype)
+    state = draw(3, 2, 2, prefix, kv_heads, d, seed=9).to(dtype)
     prefix_k, prefix_v = state[:, 1, 0], state[:, 1, 1]
     segments = Segments.of(lengths, used, "cpu")
     with watch(q=q, k=k, v=v, state=state, starts=segments.starts, slots=segments.slots) as seen:
         result = run(q, k, v, prefix_k, prefix_v, segments.starts, segments.slots, segments.max_length)
-    start = 0
-    for length, frame in zip(lengths, used):
-        part = slice(start, start + length)
-        keys, values = torch.cat([prefix_k[frame], k[part]]), torch.cat([prefix_v[frame], v[part]])
-        if length:
-            law_of_attention(result[part], q[part], keys, values, f"{length} rows over frame {frame}")
-        start += length
+    assert_prefix_attention(result, (q, k, v), (prefix_k, prefix_v), lengths, used)
     return seen
 
 
 def causal_attention(run, dtype, heads=4, kv_heads=2, d=32, last=4, rows=11):
-    q, k, v = (
-        draw(2, n, h, d, seed=h + n, dtype=dtype) for n, h in ((last, heads), (rows, kv_heads), (rows, kv_heads))
-    )
+    q, k, v = (draw(2, n, h, d, seed=h + n).to(dtype) for n, h in ((last, heads), (rows, kv_heads), (rows, kv_heads)))
     with watch(q=q, k=k, v=v) as seen:
         result = run(q, k, v)
     for frame in range(2):
-        law_of_attention(result[frame], q[frame], k[frame], v[frame], f"the last {last} of {rows} rows")
+        assert_attention(result[frame], q[frame], k[frame], v[frame], f"the last {last} of {rows} rows")
     return seen
 
 

@@ -20,16 +20,16 @@ def arguments(op, dtype=torch.float32):
     """Small inputs of an op, by its schema."""
     segments = Segments.of([3, 2], [1, 0], "cpu")
     return {
-        "rms_norm": (draw(3, 64, dtype=dtype), draw(64, dtype=dtype), 1e-5, draw(3, 64, seed=1, dtype=dtype)),
-        "rope": (draw(3, 8 * 32, dtype=dtype), torch.arange(3), draw(9, 32).float(), 4, 2),
-        "swiglu": (draw(3, 64, dtype=dtype),),
-        "add_frames": (draw(4, 32).float(), draw(6, 32, dtype=dtype), torch.tensor([3, 1]), torch.ones(3)),
-        "causal_attention": tuple(draw(2, n, h, 32, seed=h, dtype=dtype) for n, h in ((2, 4), (5, 2), (5, 2))),
+        "rms_norm": (draw(3, 64).to(dtype), draw(64).to(dtype), 1e-5, draw(3, 64, seed=1).to(dtype)),
+        "rope": (draw(3, 8 * 32).to(dtype), torch.arange(3), draw(9, 32).float(), 4, 2),
+        "swiglu": (draw(3, 64).to(dtype),),
+        "add_frames": (draw(4, 32).float(), draw(6, 32).to(dtype), torch.tensor([3, 1]), torch.ones(3)),
+        "causal_attention": tuple(draw(2, n, h, 32, seed=h).to(dtype) for n, h in ((2, 4), (5, 2), (5, 2))),
         "prefix_attention": (
-            *(draw(5, h, 32, seed=h, dtype=dtype) for h in (4, 2, 2)),
-            *(draw(2, 7, 2, 32, seed=n, dtype=dtype) for n in (7, 8)), segments.starts, segments.slots, 3,
+            *(draw(5, h, 32, seed=h).to(dtype) for h in (4, 2, 2)),
+            *(draw(2, 7, 2, 32, seed=n).to(dtype) for n in (7, 8)), segments.starts, segments.slots, 3,
         ),
-        "compressor_attention": (draw(2, 40, 64, dtype=dtype), draw(8, 64).float(), draw(8, 40).float(), 1e-5, True),
+        "compressor_attention": (draw(2, 40, 64).to(dtype), draw(8, 64).float(), draw(8, 40).float(), 1e-5, True),
     }[op]  # fmt: skip
 
 
