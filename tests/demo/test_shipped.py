@@ -121,6 +121,7 @@ def test_eval_shows_a_table_and_refuses_what_vllm_has_not():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1300)
 def test_triton_kernels_answer_alike(demo):
     """21 questions; in Triton's interpreter a picture takes seconds and a clip a minute."""
     asked = [(18, PICTURE_KINDS), (3, CLIP_KINDS)]
