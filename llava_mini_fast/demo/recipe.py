@@ -24,7 +24,6 @@ from llava_mini_fast import checkpoint
 from llava_mini_fast.demo.data import clips, scenes
 from llava_mini_fast.demo.fresh import make_fresh
 from llava_mini_fast.demo.lessons import Album, Lessons
-from llava_mini_fast.demo.questions import CLIP_KINDS
 from llava_mini_fast.demo.tower import train_tower
 from llava_mini_fast.demo.tutor import Tutored
 from llava_mini_fast.engine import LlavaMini
@@ -36,7 +35,7 @@ class Part:
     """Some epochs of stage 2, with a warm-up and cosine decay of their own.
 
     `patches` of a picture's 576 are looked at (all when None). `turns` are the questions of a conversation, `clips` how many of the
-    album's clips of the kinds `kinds` take part.
+    album's clips take part (all when None).
     """
 
     epochs: int
@@ -44,7 +43,6 @@ class Part:
     patches: int | None = None
     turns: int = 3
     clips: int | None = None
-    kinds: tuple[str, ...] = CLIP_KINDS
 
 
 @dataclass(frozen=True)
@@ -136,10 +134,8 @@ def learn(
         )
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(learned, part.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-        clips = [clip for clip in album.clips if clip.kind in part.kinds][: part.clips]
-        lessons = Lessons(
-            album, [*album.scenes, *clips], engine.tokenizer, part.epochs, number, part.turns, part.patches
-        )
+        subjects = [*album.scenes, *album.clips[: part.clips]]
+        lessons = Lessons(album, subjects, engine.tokenizer, part.epochs, number, part.turns, part.patches)
         trainer = fit(model, arguments, lessons, lessons.collate, optimizer)
         losses += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses

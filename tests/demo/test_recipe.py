@@ -20,7 +20,7 @@ from llava_mini_fast.demo.tutor import Tutored
 from llava_mini_fast.train.data import IGNORED
 
 pytest.importorskip("accelerate", reason="the extra `train` is not installed")
-PARTS = (recipe.Part(1, 1e-3, patches=100, turns=2, kinds=("direction",)), recipe.Part(1, 1e-3))
+PARTS = (recipe.Part(1, 1e-3, patches=100, turns=2, clips=1), recipe.Part(1, 1e-3))
 TINY = recipe.Plan(tower_steps=2, tower_batch=2, scenes=6, clips=3, parts=PARTS, batch=3, save_steps=2)
 
 
