@@ -86,7 +86,8 @@ def parsed(arguments: Sequence[str]) -> Any:
         given = ["--model", str(shipped()), "--served-model-name", "demo", *given]
     model = parser.parse_args(given).model
     options = parser.parse_args([*defaults(model), *given])
-    options.middleware = [*options.middleware, *(f"{__name__}.Watch", "llava_mini_fast.server.tidy.Tidy")]
+    ours = f"{__name__}.Watch", "llava_mini_fast.server.tidy.Tidy", "llava_mini_fast.server.bodies.Bounded"
+    options.middleware = [*options.middleware, *ours]
     validate_parsed_serve_args(options)
     return options
 

@@ -54,7 +54,7 @@ def test_vllms_flags_win(checkpoint):
         [str(checkpoint("llama31")), "--max-model-len", "100", "--port", "1234", "--middleware", "a.b"]
     )
     assert (options.max_model_len, options.port, options.shutdown_timeout) == (100, 1234, main.DRAIN_SECONDS)
-    assert options.middleware[0] == "a.b" and options.middleware[-1].endswith("Tidy")
+    assert options.middleware[0] == "a.b" and options.middleware[-1].endswith("Bounded")
     assert options.model == str(checkpoint("llama31"))
 
 
