@@ -17,7 +17,15 @@ from llava_mini_fast.demo.lessons import Album
 from llava_mini_fast.demo.questions import CLIP_KINDS, FACTS, KINDS, PICTURE_KINDS
 from llava_mini_fast.train.model import TrainableModel
 
-LEAST = {"colour": 0.95, "shape": 0.95, "place": 0.95, "yes/no": 0.95, "count": 0.85, "direction": 0.90}
+LEAST = {
+    "colour": 0.95,
+    "shape": 0.95,
+    "place": 0.95,
+    "yes/no": 0.95,
+    "count": 0.85,
+    "direction": 0.90,
+    "compare": 0.95,
+}
 """What is asked of the demo model, over many questions."""
 
 
@@ -46,11 +54,11 @@ def test_it_is_small_and_of_one_vision_token():
 
 
 def test_held_out_questions_are_answered(result):
-    """Ten questions of a kind are few, so more may go wrong than over the 2,000 of docs/demo-model.md."""
+    """Ten questions of a kind are few, so one more may go wrong than over the 2,000 of docs/demo-model.md."""
     assert set(result.accuracy) == set(KINDS)
-    assert result.overall >= 0.85
+    assert result.overall >= 0.95
     for kind, least in LEAST.items():
-        assert result.accuracy[kind] >= least - 0.15, (kind, result.accuracy[kind])
+        assert result.accuracy[kind] >= least - 0.1, (kind, result.accuracy[kind])
         assert result.accuracy[kind] > result.majority[kind]
 
 
