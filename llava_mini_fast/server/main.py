@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,7 @@ def serve(arguments: Sequence[str]) -> int:
         # before prometheus_client is imported: /metrics then adds up what every process counts, the image cache included
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics)
         _environment()
+        _return_memory()
         options = parsed(arguments)
         import uvloop
         from vllm.entrypoints.openai.api_server import run_server
@@ -149,3 +152,13 @@ def _environment() -> None:
     if current_platform.is_cpu():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     import llava_mini_fast.server.connector  # noqa: F401
+
+
+def _return_memory() -> None:
+    """From now on blocks of a mebibyte or more go back to the system when they are freed.
+
+    glibc raises that bound as it goes, and each thread's heap would keep what one huge medium took. Elsewhere nothing is done.
+    """
+    M_MMAP_THRESHOLD = -3  # of malloc.h
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
