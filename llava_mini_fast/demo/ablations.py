@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar=("SOME", "WHOLE"),
         help="of training on some patches and on whole pictures, for each variant (default: 1000 200)",
     )
-    parser.add_argument("--questions", type=int, default=1200, help="of the exam (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=900, help="of the exam (default: %(default)s)")
     parser.add_argument("--only", metavar="TEXT", default="", help="only variants with this in their name")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the table there")
     chosen = parser.parse_args(arguments)
