@@ -51,7 +51,10 @@ class ClipIO(VideoMediaIO):
 
 
 class PublicResolver(aiohttp.ThreadedResolver):
-    """Refuses a host whose address is not public at the moment of the connection, whatever its name stood for before."""
+    """Refuses a host whose address is not public at the moment of the connection, whatever its name stood for before.
+
+    A proxy of the environment's may be inside.
+    """
 
     async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET) -> Any:
         found = await super().resolve(host, port, family)
