@@ -52,7 +52,7 @@ class Limits:
         for name, kind in kinds.items():
             variable = ENV_PREFIX + name.upper()
             if text := environ.get(variable, "").strip():
-                found[name] = None if text.lower() == "none" else _positive(variable, text, kind)
+                found[name] = limit(variable, text, kind)
         variable = ENV_PREFIX + "THIN_FRAMES"
         if text := environ.get(variable, "").strip():
             if text not in ("0", "1"):
@@ -112,7 +112,14 @@ class Limits:
             raise MediaError(f"The {noun} can't be read: {error.strerror}.") from None
 
 
-def _positive(variable: str, text: str, kind: type[int] | type[float]) -> int | float:
+def limit(variable: str, text: str, kind: type[int] | type[float]) -> int | float | None:
+    """What an environment variable says of a limit: a positive number, or None for `none`.
+
+    Raises:
+        ValueError: neither.
+    """
+    if text.lower() == "none":
+        return None
     try:
         number = kind(text.replace("_", ""))
     except ValueError:

@@ -68,8 +68,8 @@ class PublicConnection(HTTPConnection):
 
     async def get_async_client(self) -> aiohttp.ClientSession:
         if self._async_client is None:
-            found = aiohttp.TCPConnector(resolver=PublicResolver())
-            self._async_client = aiohttp.ClientSession(trust_env=True, connector=found)
+            public = aiohttp.TCPConnector(resolver=PublicResolver())
+            self._async_client = aiohttp.ClientSession(trust_env=True, connector=public)
         return self._async_client
 
 

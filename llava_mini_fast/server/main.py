@@ -11,6 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from llava_mini_fast.preprocess.limits import Limits
+from llava_mini_fast.server import bodies
+
 TEMPLATES = Path(__file__).parent / "templates"
 DRAIN_SECONDS = 30
 """How long requests that are under way may take after SIGTERM."""
@@ -55,8 +58,10 @@ def serve(arguments: Sequence[str]) -> int:
 
     Raises:
         ImportError: vLLM is not there.
-        FileNotFoundError, ValueError: as `llava_mini_fast.load` for the model's directory.
+        FileNotFoundError, ValueError: as `llava_mini_fast.load` for the model's directory; a limit in the environment is none.
     """
+    Limits.from_env()  # now, and not at somebody's first picture
+    bodies.most()
     with tempfile.TemporaryDirectory(prefix="llava-mini-metrics-") as metrics:
         # before prometheus_client is imported: /metrics then adds up what every process counts, the image cache included
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics)
@@ -159,6 +164,5 @@ def _return_memory() -> None:
 
     glibc raises that bound as it goes, and each thread's heap would keep what one huge medium took. Elsewhere nothing is done.
     """
-    M_MMAP_THRESHOLD = -3  # of malloc.h
     with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD

@@ -49,13 +49,16 @@ def rewritten(body: bytes) -> bytes:
     try:
         answer = json.loads(body)
         if "detail" in answer:  # FastAPI's own
-            answer = {
-                "error": {"message": str(answer["detail"]), "type": "BadRequestError", "param": None, "code": None}
-            }
+            answer = error(str(answer["detail"]))
         answer["error"]["message"] = sentence(str(answer["error"]["message"]))
     except (ValueError, KeyError, TypeError):
         return body
     return json.dumps(answer).encode()
+
+
+def error(message: str, code: int | None = None) -> dict[str, Any]:
+    """An error answer of vLLM's form."""
+    return {"error": {"message": message, "type": "BadRequestError", "param": None, "code": code}}
 
 
 def sentence(message: str) -> str:

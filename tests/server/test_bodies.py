@@ -47,6 +47,11 @@ def test_a_wrong_setting_is_a_sentence(monkeypatch, text):
         Bounded(None)
 
 
+def test_no_limit(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "none")
+    assert Bounded(None).most is None
+
+
 def test_the_server_refuses_before_a_body_is_sent(server):
     """The real one: only headers are sent."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)

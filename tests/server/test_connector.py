@@ -1,9 +1,7 @@
 """Which addresses media may come from, and what is said about those that may not: nothing is fetched here."""
 
 import asyncio
-import http.server
 import socket
-import threading
 
 import aiohttp
 import pytest
@@ -72,29 +70,6 @@ def test_failures_are_sentences_that_give_nothing_away(error, words):
     with pytest.raises(MediaError, match=words) as caught, connector._sentences("image"):
         raise error
     assert not {"10.0.0.1", "/etc/passwd", "http://"} & set(str(caught.value).split())
-
-
-@pytest.fixture
-def host():
-    """A web server on this machine with one picture, a.png; host.asked are the paths that it was asked for."""
-
-    class Pictures(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            host.asked.append(self.path)
-            blob = png(picture(2))
-            self.send_response(200 if self.path == "/a.png" else 404)
-            self.send_header("Content-Length", str(len(blob)))
-            self.end_headers()
-            self.wfile.write(blob)
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pictures) as host:
-        host.asked = []
-        threading.Thread(target=host.serve_forever, daemon=True).start()
-        yield host
-        host.shutdown()
 
 
 def test_http_pictures_come_through_an_allowed_domain(host):

@@ -58,6 +58,13 @@ def test_vllms_flags_win(checkpoint):
     assert options.model == str(checkpoint("llama31"))
 
 
+@pytest.mark.parametrize("variable", ["LLAVA_MINI_MAX_PIXELS", "LLAVA_MINI_MAX_BODY_BYTES"])
+def test_a_wrong_limit_is_said_at_the_start(monkeypatch, variable):
+    monkeypatch.setenv(variable, "many")
+    refused = CliRunner().invoke(app, ["serve", "m"])
+    assert refused.exit_code == 1 and f"{variable} must be a positive number or none" in refused.stderr
+
+
 def test_the_command(monkeypatch):
     asked = []
     monkeypatch.setattr(main, "serve", lambda arguments: asked.append(arguments) or 0)

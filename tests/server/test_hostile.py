@@ -271,7 +271,7 @@ def test_memory_stays(server):
 
 
 @pytest.mark.slow
-def test_plain_vllm_serves_too(start, model):
+def test_plain_vllm_serves_too(start, model, host):
     """What docs/serving.md says of it: the same answers with the system message sent along, and these are errors of its own."""
     server = start(plain=True)
     said = server.ask([{"role": "system", "content": LLAMA_SYSTEM}, about(picture(1), "What is this?")], 8)
@@ -282,6 +282,9 @@ def test_plain_vllm_serves_too(start, model):
         if name not in OUTSIDE and posted(server, "/v1/chat/completions", json.dumps(make()).encode())[0] >= 500
     }
     assert failed == PLAIN_500
+    fetched = asking(image_part(f"http://127.0.0.1:{host.server_port}/a.png"))
+    assert posted(server, "/v1/chat/completions", json.dumps(fetched).encode())[0] == 200 and host.asked
+    assert server.metric("llava_mini_cache_misses_total") == 0
     assert answers(server)
 
 

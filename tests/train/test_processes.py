@@ -16,12 +16,6 @@ pytest.importorskip("accelerate", reason="the extra `train` is not installed")
 BIN = Path(sys.executable).parent
 
 
-DEEPSPEED = {
-    "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto", "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True,
-}  # fmt: skip
-
-
 def trained(launcher, checkpoint, data, out, micro_batch, *more):
     command = [
         *launcher, BIN / "llava-mini", "train", checkpoint, data / "questions.json", "--stage", "2", "--out", out, "--batch", "4",
@@ -42,7 +36,8 @@ def test_two_processes_train_as_one(checkpoint, tmp_path, how):
     more = []
     if how == "deepspeed":
         pytest.importorskip("deepspeed", reason="deepspeed is not installed; no extra names it")
-        (tmp_path / "deepspeed.json").write_text(json.dumps(DEEPSPEED))
+        page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+        (tmp_path / "deepspeed.json").write_text(page.split("```json")[1].split("```")[0])
         more = ["--deepspeed", tmp_path / "deepspeed.json"]
     data = make_data(tmp_path / "data", 7, 1, seed=3)
     torchrun = [BIN / "torchrun", "--nproc-per-node", "2", "--no-python"]
