@@ -32,7 +32,7 @@ class Endpoint:
         self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=0)
 
     def answer(self, path: str | None, question: str, history: list[Turn]) -> Iterator[str]:
-        """The answer as it comes, longer each time.
+        """The answer as it comes, longer each time; the server stops writing when the iterator is closed.
 
         Args:
             path: of the picture or clip, or None for text alone.
@@ -40,10 +40,11 @@ class Endpoint:
             history: earlier turns about the same medium, oldest first.
 
         Raises:
-            ValueError: a sentence for people: what the server refuses, or that it doesn't answer.
+            ValueError: a sentence for people: what the server refuses, or that it doesn't answer or breaks off.
         """
         import openai
 
+        text = ""
         messages = [
             {"role": turn["role"], "content": turn["content"]}
             for turn in [*history, {"role": "user", "content": question}]
@@ -52,17 +53,21 @@ class Endpoint:
             if path is not None:
                 messages[0]["content"] = [_part(path), {"type": "text", "text": messages[0]["content"]}]
             model = self._model or self._client.models.list().data[0].id
-            text = ""
-            for chunk in self._client.chat.completions.create(
+            with self._client.chat.completions.create(
                 model=model, messages=messages, max_tokens=MAX_TOKENS, temperature=0, stream=True
-            ):
-                if chunk.choices and chunk.choices[0].delta.content:
-                    text += chunk.choices[0].delta.content
-                    yield text
+            ) as chunks:
+                for chunk in chunks:
+                    if chunk.choices and chunk.choices[0].delta.content:
+                        text += chunk.choices[0].delta.content
+                        yield text
         except openai.APIStatusError as error:
             raise ValueError(_said(error)) from None
         except openai.APIConnectionError:
+            if text:
+                raise ValueError(f"The server at {self.url} broke off in the middle of its answer.") from None
             raise ValueError(f"The server at {self.url} does not answer; start it with llava-mini serve.") from None
+        except openai.APIError as error:  # in the middle of a stream
+            raise ValueError(error.message) from None
 
 
 def page(endpoint: Endpoint, look: Callable[[str], Any] | None = None, examples: Path | None = None) -> Any:
@@ -133,9 +138,10 @@ def page(endpoint: Endpoint, look: Callable[[str], Any] | None = None, examples:
             except (ValueError, OSError) as error:
                 return None, f"⚠️ {_without(str(error), path)}"
 
-        medium.change(shown, medium, [picture, clip, chat, status])
-        question.submit(ask, [question, medium, chat], [chat, question, status])
-        again.click(lambda: ([], "", ""), outputs=[chat, question, status])
+        asking = question.submit(ask, [question, medium, chat], [chat, question, status])
+        # What starts a new chat stops the old one's answer, which would else be written into the new chat.
+        medium.change(shown, medium, [picture, clip, chat, status], cancels=asking)
+        again.click(lambda: ([], "", ""), outputs=[chat, question, status], cancels=asking)
         if look is not None:
             button.click(looked, medium, [map_, status])
     return blocks

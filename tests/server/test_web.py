@@ -1,5 +1,6 @@
 """The web page in headless Chromium, over a real server: ask, see the answer stream, ask again, upload a bad file."""
 
+import itertools
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from llava_mini_fast.testing.serving import picture
+from llava_mini_fast.web import page
 
 pytest.importorskip("gradio", reason="the extra `web` is not installed")
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -49,7 +51,7 @@ def url(server, checkpoint, tmp_path_factory):
 
 
 @pytest.fixture
-def browser(url):
+def chromium():
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     for argument in (
@@ -61,9 +63,15 @@ def browser(url):
     ):
         options.add_argument(argument)
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    driver.get(url)
     yield driver
     driver.quit()
+
+
+@pytest.fixture
+def browser(chromium, url):
+    """At the page."""
+    chromium.get(url)
+    return chromium
 
 
 def find(browser, css):
@@ -131,6 +139,46 @@ def test_ask_stream_and_ask_again(browser, server, tmp_path):
     until(lambda: not answers(browser))
 
 
+class Talker:
+    """An endpoint whose answer never ends."""
+
+    def __init__(self):
+        self.talking = 0
+
+    def answer(self, path, question, history):
+        self.talking += 1
+        try:
+            for count in itertools.count(1):
+                yield f"{question} " * count
+                time.sleep(0.1)
+        finally:
+            self.talking -= 1
+
+
+@pytest.mark.parametrize("how", ["button", "file"])
+def test_a_new_chat_stops_the_answer_of_the_old_one(chromium, tmp_path, how):
+    path, talker = tmp_path / "picture.png", Talker()
+    picture(4).save(path)
+    blocks = page(talker)
+    try:
+        _, url, _ = blocks.queue().launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+        chromium.get(url)
+        ask(chromium, "old")
+        until(lambda: any(answers(chromium)))
+        if how == "button":
+            find(chromium, "#new").click()
+        else:
+            upload(chromium, path)
+        until(lambda: not talker.talking and not answers(chromium))
+        time.sleep(1)
+        assert not answers(chromium), "the old answer went on in the new chat"
+        ask(chromium, "new")
+        until(lambda: any(answers(chromium)))
+        assert len(answers(chromium)) == 1 and "old" not in answers(chromium)[0]
+    finally:
+        blocks.close()
+
+
 def test_a_bad_file_is_a_sentence_and_the_next_good_one_is_answered(browser, tmp_path):
     bad, good = tmp_path / "bad.png", tmp_path / "good.png"
     bad.write_bytes(b"I am no picture")
@@ -161,10 +209,3 @@ def test_the_heat_map_is_drawn(browser, tmp_path):
     until(lambda: browser.find_elements("css selector", "#picture img"))
     find(browser, "#look").click()
     until(lambda: browser.find_elements("css selector", "#map img"))
-
-
-def test_a_server_that_is_not_there_is_a_sentence():
-    from llava_mini_fast.web import Endpoint
-
-    with pytest.raises(ValueError, match="does not answer; start it with llava-mini serve"):
-        list(Endpoint("http://127.0.0.1:9/v1").answer(None, "Hello", []))
