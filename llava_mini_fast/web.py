@@ -138,7 +138,8 @@ def page(endpoint: Endpoint, look: Callable[[str], Any] | None = None, examples:
             except (ValueError, OSError) as error:
                 return None, f"⚠️ {_without(str(error), path)}"
 
-        asking = question.submit(ask, [question, medium, chat], [chat, question, status])
+        # Gradio would let one answer come at a time; the server batches them.
+        asking = question.submit(ask, [question, medium, chat], [chat, question, status], concurrency_limit=None)
         # What starts a new chat stops the old one's answer, which would else be written into the new chat.
         medium.change(shown, medium, [picture, clip, chat, status], cancels=asking)
         again.click(lambda: ([], "", ""), outputs=[chat, question, status], cancels=asking)

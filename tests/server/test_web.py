@@ -155,28 +155,48 @@ class Talker:
             self.talking -= 1
 
 
-@pytest.mark.parametrize("how", ["button", "file"])
-def test_a_new_chat_stops_the_answer_of_the_old_one(chromium, tmp_path, how):
-    path, talker = tmp_path / "picture.png", Talker()
-    picture(4).save(path)
+@pytest.fixture
+def talker():
+    return Talker()
+
+
+@pytest.fixture
+def talking(chromium, talker):
+    """A browser at a page that asks the talker."""
     blocks = page(talker)
-    try:
-        _, url, _ = blocks.queue().launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
-        chromium.get(url)
-        ask(chromium, "old")
-        until(lambda: any(answers(chromium)))
-        if how == "button":
-            find(chromium, "#new").click()
-        else:
-            upload(chromium, path)
-        until(lambda: not talker.talking and not answers(chromium))
-        time.sleep(1)
-        assert not answers(chromium), "the old answer went on in the new chat"
-        ask(chromium, "new")
-        until(lambda: any(answers(chromium)))
-        assert len(answers(chromium)) == 1 and "old" not in answers(chromium)[0]
-    finally:
-        blocks.close()
+    _, url, _ = blocks.queue().launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    chromium.get(url)
+    yield chromium
+    blocks.close()
+
+
+@pytest.mark.parametrize("how", ["button", "file"])
+def test_a_new_chat_stops_the_answer_of_the_old_one(talking, talker, tmp_path, how):
+    path = tmp_path / "picture.png"
+    picture(4).save(path)
+    ask(talking, "old")
+    until(lambda: any(answers(talking)))
+    if how == "button":
+        find(talking, "#new").click()
+    else:
+        upload(talking, path)
+    until(lambda: not talker.talking and not answers(talking))
+    time.sleep(1)
+    assert not answers(talking), "the old answer went on in the new chat"
+    ask(talking, "new")
+    until(lambda: any(answers(talking)))
+    assert len(answers(talking)) == 1 and "old" not in answers(talking)[0]
+
+
+def test_two_people_are_answered_at_the_same_time(talking, talker):
+    url = talking.current_url
+    ask(talking, "one")
+    until(lambda: any(answers(talking)))
+    talking.switch_to.new_window("tab")
+    talking.get(url)
+    ask(talking, "two")
+    until(lambda: any(answers(talking)))
+    assert talker.talking == 2
 
 
 def test_a_bad_file_is_a_sentence_and_the_next_good_one_is_answered(browser, tmp_path):
