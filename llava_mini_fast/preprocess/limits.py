@@ -21,8 +21,8 @@ class Limits:
     """Upper bounds on media; `None` means no bound.
 
     Each is also an environment variable, read by `from_env`: `LLAVA_MINI_MAX_PIXELS`, `LLAVA_MINI_MAX_SIDE`,
-    `LLAVA_MINI_MAX_BYTES`, `LLAVA_MINI_MAX_SECONDS`, `LLAVA_MINI_MAX_FRAMES` (a positive number or `none`) and
-    `LLAVA_MINI_THIN_FRAMES` (`1` or `0`).
+    `LLAVA_MINI_MAX_BYTES`, `LLAVA_MINI_MAX_SECONDS`, `LLAVA_MINI_MAX_PACKETS`, `LLAVA_MINI_MAX_FRAMES` (a positive
+    number or `none`) and `LLAVA_MINI_THIN_FRAMES` (`1` or `0`).
     """
 
     max_pixels: int | None = 89_478_485
@@ -34,6 +34,9 @@ class Limits:
     """Size of a file or of the bytes of one."""
     max_seconds: float | None = 6 * 3600
     """Length of a clip. At one frame a second it bounds the number of frames too."""
+    max_packets: int | None = 8_000_000
+    """Packets (coded frames and pieces of sound) that a clip's file may list: 6 hours at 60 frames a second with
+    uncompressed sound. It bounds the table that FFmpeg makes, which a short file could blow up to gigabytes."""
     max_frames: int | None = None
     """Frames taken of a clip. The published web worker uses 180."""
     thin_frames: bool = True
@@ -47,7 +50,14 @@ class Limits:
         Raises:
             ValueError: a variable is neither a positive number nor `none` (`LLAVA_MINI_THIN_FRAMES`: neither 1 nor 0).
         """
-        kinds = {"max_pixels": int, "max_side": int, "max_bytes": int, "max_seconds": float, "max_frames": int}
+        kinds = {
+            "max_pixels": int,
+            "max_side": int,
+            "max_bytes": int,
+            "max_seconds": float,
+            "max_packets": int,
+            "max_frames": int,
+        }
         found: dict[str, int | float | bool | None] = {}
         for name, kind in kinds.items():
             variable = ENV_PREFIX + name.upper()
@@ -75,6 +85,27 @@ class Limits:
                 f"The {noun} is {width} x {height} ({width * height:,} pixels); "
                 f"at most {self.max_pixels:,} pixels are allowed."
             )
+
+    def check_packets(self, packets: int) -> None:
+        """Refuse more than `max_packets` packets.
+
+        Raises:
+            MediaError: names the limit.
+        """
+        if self.max_packets is not None and packets > self.max_packets:
+            raise MediaError(
+                f"The clip's file lists over {self.max_packets:,} packets (coded frames and pieces of sound), "
+                "which is more than is allowed."
+            )
+
+    def check_seconds(self, seconds: float) -> None:
+        """Refuse a clip longer than `max_seconds`.
+
+        Raises:
+            MediaError: names the limit.
+        """
+        if self.max_seconds is not None and seconds > self.max_seconds:
+            raise MediaError(f"The clip is over {self.max_seconds:,g} s long, which is more than is allowed.")
 
     def check_frames(self, frames: int) -> None:
         """Refuse more than `max_frames` frames.

@@ -16,6 +16,7 @@ from PIL import Image
 from llava_mini_fast.config import IMAGE_SIZE
 from llava_mini_fast.preprocess.image import image_views, load_rgb, open_header
 from llava_mini_fast.preprocess.limits import Limits, MediaError
+from llava_mini_fast.preprocess.mp4 import entries_listed
 
 if TYPE_CHECKING:
     from llava_mini_fast.config import LlavaMiniConfig
@@ -27,6 +28,8 @@ _CONTAINERS = (
     "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,nut,ivf,obu,h264,hevc,m4v,dv,rm,yuv4mpegpipe,"
     "gif,apng,webp,wav,mp3,flac,aac"
 )
+_REUSE = 10
+"""How many times over a file's bytes may be read as packets; an edit list may show some twice."""
 _PICTURES = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 
@@ -160,6 +163,9 @@ class _Clip:
 def _survey(file: BinaryIO, limits: Limits) -> _Clip:
     """Read the packets once, without decoding them: how many frames there really are, and whether some are missing."""
     _refuse_picture(file)
+    if limits.max_packets is not None:
+        limits.check_packets(entries_listed(file, limits.max_packets))
+    size = file.seek(0, 2)
     with _container(file) as container:
         stream = next((s for s in container.streams.video if not _is_cover(s)), None)
         if stream is None:
@@ -167,12 +173,16 @@ def _survey(file: BinaryIO, limits: Limits) -> _Clip:
         if not stream.codec_context:
             raise MediaError("The clip's video codec is not supported.")
         limits.check_size(stream.codec_context.width or 1, stream.codec_context.height or 1, "clip's frame")
-        codec = stream.codec_context.name
-        packets = shown = 0
+        codec, rate = stream.codec_context.name, float(stream.average_rate or 0)
+        packets = shown = read = covered = 0
         start = end = last = None
         damaged = False
         try:
             for packet in container.demux():
+                read, covered = read + 1, covered + packet.size + 1
+                limits.check_packets(read)
+                if covered > _REUSE * size:
+                    raise MediaError("The clip's index lists the same bytes over and over.")
                 if packet.pts is not None:
                     last = max(last or 0.0, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 if packet.stream_index != stream.index or not packet.size:
@@ -183,9 +193,13 @@ def _survey(file: BinaryIO, limits: Limits) -> _Clip:
                 # Discarded packets lie outside the edit list and give no frame; nor do VP8's hidden reference frames.
                 hidden = packet.is_discard or (codec == "vp8" and not bytes(packet)[0] & 0x10)
                 shown += not hidden
+                if rate:
+                    limits.check_seconds(shown / rate)
                 if packet.pts is not None:
                     start = packet.pts if start is None else min(start, packet.pts)
                     end = max(end or 0, packet.pts + (packet.duration or 0))
+        except MediaError:
+            raise
         except _errors():
             damaged = True
         # Formats state the number of frames (MP4, AVI) or the length (Matroska, WebM); GIF and raw streams, neither.
@@ -203,9 +217,7 @@ def _survey(file: BinaryIO, limits: Limits) -> _Clip:
 
 
 def _chosen(total: int, fps: float, limits: Limits) -> list[int]:
-    seconds = total / fps
-    if limits.max_seconds is not None and seconds > limits.max_seconds:
-        raise MediaError(f"The clip is {seconds:,.1f} s long; it may be at most {limits.max_seconds:,g} s.")
+    limits.check_seconds(total / fps)
     if limits.thin_frames:
         return frame_indices(total, fps, limits.max_frames)
     wanted = frame_indices(total, fps)

@@ -138,6 +138,40 @@ def clip(seconds=3, fps=8, side=64, seed=0):
     return buffer.getvalue()
 
 
+def boxes(blob):
+    """(kind, content) of each box of an MP4, or of what one holds."""
+    while blob:
+        size, kind = struct.unpack(">I4s", blob[:8])
+        yield kind, blob[8:size]
+        blob = blob[size:]
+
+
+def rebuilt(blob, change):
+    """An MP4 with change(kind, content) for the content of each box, from the inside out; None leaves the box out."""
+    out = b""
+    for kind, content in boxes(blob):
+        if kind in b"moov trak mdia minf stbl edts moof traf".split():
+            content = rebuilt(content, change)
+        if (content := change(kind, content)) is not None:
+            out += struct.pack(">I4s", 8 + len(content), kind) + content
+    return out
+
+
+def mp4_bomb(packets):
+    """An MP4 of some kilobytes whose index lists so many packets, of a byte each, all in the same 4,000 bytes."""
+    lists = {
+        b"stsz": (0, 1, packets),
+        b"stsc": (0, 1, 1, 4000, 1),
+        b"stts": (0, 1, packets, 1),
+        b"stco": (0, packets // 4000, *[48] * (packets // 4000)),
+    }
+
+    def change(kind, content):
+        return struct.pack(f">{len(lists[kind])}I", *lists[kind]) if kind in lists else content
+
+    return rebuilt(clip(), change)
+
+
 def data_url(kind, blob):
     return f"data:{kind};base64,{base64.b64encode(blob).decode()}"
 

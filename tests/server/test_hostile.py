@@ -15,7 +15,7 @@ from PIL import Image
 
 import llava_mini_fast as lmf
 from llava_mini_fast.preprocess.prompt import LLAMA_SYSTEM
-from llava_mini_fast.testing.serving import MODEL, about, bomb, clip, data_url, picture, png
+from llava_mini_fast.testing.serving import MODEL, about, bomb, clip, data_url, mp4_bomb, picture, png
 
 FORBIDDEN = re.compile(
     r"/\w+/\w+|0x[0-9a-f]{4}|Traceback|\bobject at\b|\d+\.\d+\.\d+\.\d+|localhost|passwd|[<{]\w+[ '\"]"
@@ -147,6 +147,8 @@ CHAT = {
     "webp bomb": media("image/webp", webp_bomb),
     "mp4 bomb": media("video/mp4", wide_mp4),
     "a million frames": media("video/mp4", million_frames),
+    "an index of sixty million packets": media("video/mp4", lambda: mp4_bomb(60_000_000)),
+    "an index of a million packets in the same bytes": media("video/mp4", lambda: mp4_bomb(1_000_000)),
     "no frames": media("video/mp4", zero_frames),
     "empty clip": media("video/mp4", b""),
     "truncated clip": media("video/mp4", lambda: clip()[:3000]),
