@@ -101,7 +101,9 @@ def page(endpoint: Endpoint, look: Callable[[str], Any] | None = None, examples:
                 question = gr.Textbox(
                     label="Question", placeholder="What is this?", elem_id="question", submit_btn=True
                 )
-                again = gr.Button("New chat", elem_id="new")
+                with gr.Row():
+                    stop = gr.Button("Stop", elem_id="stop")
+                    again = gr.Button("New chat", elem_id="new")
 
         def shown(path: str | None) -> tuple[Any, ...]:
             """Preview a file and empty the chat; what is no picture or clip is said at once."""
@@ -142,6 +144,7 @@ def page(endpoint: Endpoint, look: Callable[[str], Any] | None = None, examples:
         asking = question.submit(ask, [question, medium, chat], [chat, question, status], concurrency_limit=None)
         # What starts a new chat stops the old one's answer, which would else be written into the new chat.
         medium.change(shown, medium, [picture, clip, chat, status], cancels=asking)
+        stop.click(None, cancels=asking)
         again.click(lambda: ([], "", ""), outputs=[chat, question, status], cancels=asking)
         if look is not None:
             button.click(looked, medium, [map_, status])

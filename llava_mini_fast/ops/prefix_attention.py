@@ -83,8 +83,10 @@ def prefix_attention(
         stop = start + length * len(used)
         if length:
             rows = slice(start, stop)
-            keys = torch.cat([prefix_k[used], k[rows].unflatten(0, (-1, length))], dim=1)
-            values = torch.cat([prefix_v[used], v[rows].unflatten(0, (-1, length))], dim=1)
+            # not prefix_k[used]: its gradient on a CPU adds a frame's shares up in an order that changes between runs
+            frames = torch.tensor(used, device=q.device)
+            keys = torch.cat([prefix_k.index_select(0, frames), k[rows].unflatten(0, (-1, length))], dim=1)
+            values = torch.cat([prefix_v.index_select(0, frames), v[rows].unflatten(0, (-1, length))], dim=1)
             mask = torch.ones(length, prefix + length, dtype=torch.bool, device=q.device).tril(prefix)
             queries = q[rows].unflatten(0, (-1, length))
             attended = F.scaled_dot_product_attention(

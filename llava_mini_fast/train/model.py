@@ -7,7 +7,7 @@ compressor is not folded, answers are masked out of pre-fusion, and in stage 1 t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ class TrainableModel(nn.Module):
         projected = self.front.mm_projector(patches)
         if self.stage == 1:
             return [
-                self._spliced(ids, text, projected[list(shown)].flatten(0, 1)) if shown else text
+                self._spliced(ids, text, _picked(projected, shown).flatten(0, 1)) if shown else text
                 for ids, text, shown in zip(input_ids, texts, frames)
             ]
         compressed = self.front.mm_projector(unfolded_compressor(self.front.compressor, grid, kept))
@@ -121,13 +121,13 @@ class TrainableModel(nn.Module):
         length = max(map(len, kept))
         segments = Segments.of([length] * len(slots), slots, vision.device)
         padded = nn.utils.rnn.pad_sequence([text[places] for text, places in zip(texts, kept)], batch_first=True)
-        fused = self._text_part(padded[owners].flatten(0, 1), segments, states).unflatten(0, (-1, length))
+        fused = self._text_part(_picked(padded, owners).flatten(0, 1), segments, states).unflatten(0, (-1, length))
         sums, rows = iter(fused.split([len(shown) for shown in frames])), []
         for ids, text, places, shown in zip(input_ids, texts, kept, frames):
             own = next(sums)[:, : len(places)]
             if shown:
                 mean = own.float().mean(0).to(text.dtype)
-                text = self._spliced(ids, text.index_copy(0, places, mean), vision[list(shown)].flatten(0, 1))
+                text = self._spliced(ids, text.index_copy(0, places, mean), _picked(vision, shown).flatten(0, 1))
             rows.append(text)
         return rows
 
@@ -201,6 +201,11 @@ def unfolded_compressor(compressor: Compressor, features: Tensor, kept: Tensor |
     q, k, v = (F.linear(x, w, b).unflatten(-1, (COMPRESSOR_HEADS, -1)).transpose(-3, -2) for x, w, b in weights)
     pooled = F.scaled_dot_product_attention(q.expand(len(features), -1, -1, -1), k, v)
     return attn.out_proj(pooled.transpose(1, 2).flatten(2))
+
+
+def _picked(x: Tensor, numbers: Iterable[int]) -> Tensor:
+    """`x[numbers]`; its gradient on a CPU has the same bits every time, where that of indexing adds up in any order."""
+    return x.index_select(0, torch.tensor(list(numbers), device=x.device))
 
 
 def _spliced_labels(ids: Tensor, labels: Tensor, rows: int) -> Tensor:

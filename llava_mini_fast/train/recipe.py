@@ -179,9 +179,17 @@ def fit(
 
 
 def _last_saved(folder: Path) -> str | None:
-    """The last checkpoint of a Trainer that is whole: its state is written after everything else."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    """The last checkpoint of a Trainer that is whole: its state is written after everything else, and to its end."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     return str(max(whole, key=lambda path: int(path.name.partition("-")[2]))) if whole else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True
 
 
 def write_published(engine: LlavaMini, out: Path) -> Path:

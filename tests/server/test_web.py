@@ -108,12 +108,18 @@ def answers(browser):
 
 
 def watch_answers(browser):
-    """From now on the page notes down what its answers look like at every change."""
+    """From now on the page notes down what its answers look like at every change, and when the last one was."""
     browser.execute_script(
-        "window.seen = [];"
-        f"new MutationObserver(() => window.seen.push({ANSWERS}.join()))"
+        "window.seen = []; window.changed = Date.now();"
+        f"new MutationObserver(() => {{window.seen.push({ANSWERS}.join()); window.changed = Date.now()}})"
         ".observe(document.querySelector('#chat'), {subtree: true, childList: true, characterData: true})"
     )
+
+
+def settled(browser, server, number):
+    """Whether so many answers are there, whole: the page may be behind the server."""
+    quiet = browser.execute_script("return Date.now() - window.changed") > 2000
+    return quiet and idle(server) and len(answers(browser)) == number
 
 
 def idle(server):
@@ -127,13 +133,13 @@ def test_ask_stream_and_ask_again(browser, server, tmp_path):
     until(lambda: browser.find_elements("css selector", "#picture img"))
     watch_answers(browser)
     ask(browser, "What is this?")
-    until(lambda: idle(server) and len(answers(browser)) == 1)
+    until(lambda: settled(browser, server, 1))
     shown = browser.execute_script("return window.seen")
     assert len({len(text) for text in shown if text}) > 2, "the answer did not come in pieces"
     assert find(browser, "#question textarea").get_attribute("value") == ""
     before = server.metric("llava_mini_cache_misses_total")
     ask(browser, "Where is it?")
-    until(lambda: len(answers(browser)) == 2)
+    until(lambda: settled(browser, server, 2))
     assert server.metric("llava_mini_cache_misses_total") == before
     find(browser, "#new").click()
     until(lambda: not answers(browser))
@@ -186,6 +192,18 @@ def test_a_new_chat_stops_the_answer_of_the_old_one(talking, talker, tmp_path, h
     ask(talking, "new")
     until(lambda: any(answers(talking)))
     assert len(answers(talking)) == 1 and "old" not in answers(talking)[0]
+
+
+def test_stop_keeps_what_has_come_and_the_chat_goes_on(talking, talker):
+    ask(talking, "old")
+    until(lambda: any(answers(talking)))
+    find(talking, "#stop").click()
+    until(lambda: not talker.talking)
+    time.sleep(1)
+    (kept,) = answers(talking)
+    ask(talking, "new")
+    until(lambda: len(answers(talking)) == 2 and "new" in answers(talking)[1])
+    assert answers(talking)[0] == kept
 
 
 def test_two_people_are_answered_at_the_same_time(talking, talker):

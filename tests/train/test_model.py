@@ -105,6 +105,26 @@ def test_each_stage_learns_its_own_parts(trainable, golden, stage):
     assert stage == 1 or wanted - learned <= {"front.compressor.attn.in_proj_bias"}
 
 
+def test_gradients_have_the_same_bits_every_time(trainable):
+    """Many questions about one picture, and a clip of many frames: what they share gets many gradients."""
+    model, questions = trainable("llama31", 2), 24
+    torch.manual_seed(0)
+    ids = [torch.cat([torch.tensor([-200]), torch.randint(1, 200, (40,))]) for _ in range(questions + 1)]
+    frames = [*[[0]] * questions, [0, 1] * questions]
+    features = torch.randn(2, 1, 576, model.front.config.mm_hidden_size)
+
+    def gradients():
+        model.zero_grad()
+        rows = model.fused_rows(ids, [torch.full_like(one, IGNORED) for one in ids], frames, features=features)
+        torch.cat(rows).pow(2).sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    first = gradients()
+    for _ in range(4):
+        again = gradients()
+        assert [name for name in first if not torch.equal(first[name], again[name])] == []
+
+
 @pytest.mark.slow
 def test_training_lowers_the_loss_and_the_engine_has_learned(trainable, golden):
     model, row = trainable("llama31", 2), golden("image_short")

@@ -58,10 +58,10 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(checkpoint, data, tmp_p
 
 def test_only_whole_checkpoints_count(tmp_path):
     assert _last_saved(tmp_path) is None
-    for step, whole in ((2, True), (10, True), (12, False)):
+    for step, state in ((2, "{}"), (10, "{}"), (12, None), (14, ""), (16, '{"epoch": 1, "log_hi')):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        if whole:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert _last_saved(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
