@@ -94,8 +94,8 @@ class Limits:
         """
         if self.max_packets is not None and packets > self.max_packets:
             raise MediaError(
-                f"The clip's file lists over {self.max_packets:,} packets (coded frames and pieces of sound), "
-                "which is more than is allowed."
+                f"The clip's file lists more than {self.max_packets:,} packets (coded frames and pieces of sound), "
+                "the most that are allowed."
             )
 
     def check_seconds(self, seconds: float) -> None:
@@ -105,7 +105,7 @@ class Limits:
             MediaError: names the limit.
         """
         if self.max_seconds is not None and seconds > self.max_seconds:
-            raise MediaError(f"The clip is over {self.max_seconds:,g} s long, which is more than is allowed.")
+            raise MediaError(f"The clip is longer than {self.max_seconds:,g} s, the most that is allowed.")
 
     def check_frames(self, frames: int) -> None:
         """Refuse more than `max_frames` frames.

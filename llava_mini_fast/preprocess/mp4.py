@@ -34,9 +34,8 @@ class _Track:
         """Of FFmpeg's table, at most: an edit list may show a sample many times."""
         sound = bool(self.handlers & {b"soun", b"m1a "}) and True in self.steady
         certain = sound and not self.handlers & {b"vide", b"subp"} and False not in self.steady
-        first = np.concatenate(
-            [[1], self.runs[1:, 0], [self.chunks + 1]]
-        )  # the first row begins at 1, whatever it says
+        # the first row begins at 1, whatever it says
+        first = np.concatenate([[1], self.runs[1:, 0], [self.chunks + 1]])
         lengths = np.diff(first)[: len(self.runs)]
         pieces = -(-self.runs[:, 1] // _PCM_SAMPLES)
         pcm = int((lengths * pieces).sum()) if (lengths >= 0).all() else self.chunks * int(pieces.max())

@@ -147,13 +147,13 @@ def boxes(blob):
 
 
 def rebuilt(blob, change):
-    """An MP4 with change(kind, content) for the content of each box, from the inside out; None leaves the box out."""
+    """An MP4 with change(kind, content) for the content of each box, from the inside out."""
     out = b""
     for kind, content in boxes(blob):
         if kind in b"moov trak mdia minf stbl edts moof traf".split():
             content = rebuilt(content, change)
-        if (content := change(kind, content)) is not None:
-            out += struct.pack(">I4s", 8 + len(content), kind) + content
+        content = change(kind, content)
+        out += struct.pack(">I4s", 8 + len(content), kind) + content
     return out
 
 

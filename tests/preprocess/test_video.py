@@ -313,7 +313,7 @@ def test_limits(draw):
     assert numbers(data, Limits(max_frames=2)) == frame_indices(50, 10, cap=2)
     with pytest.raises(MediaError, match="gives 5 frames; at most 2 frames are allowed"):
         numbers(data, Limits(max_frames=2, thin_frames=False))
-    with pytest.raises(MediaError, match=r"is over 3 s long, which is more than is allowed"):
+    with pytest.raises(MediaError, match=r"is longer than 3 s, the most that is allowed"):
         numbers(data, Limits(max_seconds=3))
     with pytest.raises(MediaError, match=r"clip's frame is 64 x 48 \(3,072 pixels\); at most 1,000"):
         numbers(data, Limits(max_pixels=1000))
