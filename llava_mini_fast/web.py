@@ -143,9 +143,9 @@ def page(endpoint: Endpoint, look: Callable[[str], Any] | None = None, examples:
         # Gradio would let one answer come at a time; the server batches them.
         asking = question.submit(ask, [question, medium, chat], [chat, question, status], concurrency_limit=None)
         # What starts a new chat stops the old one's answer, which would else be written into the new chat.
-        medium.change(shown, medium, [picture, clip, chat, status], cancels=asking)
+        medium.change(None, cancels=asking).then(shown, medium, [picture, clip, chat, status])
         stop.click(None, cancels=asking)
-        again.click(lambda: ([], "", ""), outputs=[chat, question, status], cancels=asking)
+        again.click(None, cancels=asking).then(lambda: ([], "", ""), outputs=[chat, question, status])
         if look is not None:
             button.click(looked, medium, [map_, status])
     return blocks
