@@ -142,7 +142,8 @@ def page(endpoint: Endpoint, look: Callable[[str], Any] | None = None, examples:
 
         # Gradio would let one answer come at a time; the server batches them.
         asking = question.submit(ask, [question, medium, chat], [chat, question, status], concurrency_limit=None)
-        # What starts a new chat stops the old one's answer, which would else be written into the new chat.
+        # What starts a new chat stops the old one's answer, which would else be written into the new chat. The chat is
+        # cleared once that is done: beside it, a late piece could come behind the clearing.
         medium.change(None, cancels=asking).then(shown, medium, [picture, clip, chat, status])
         stop.click(None, cancels=asking)
         again.click(None, cancels=asking).then(lambda: ([], "", ""), outputs=[chat, question, status])

@@ -1,4 +1,4 @@
-"""How much an MP4's index lists, read before FFmpeg makes a table of it: 40 bytes of a file can list a billion frames."""
+"""How much an MP4's index lists, read before FFmpeg makes a table of it: 70 kB of a file can list sixty million frames."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class _Track:
         sound = bool(self.handlers & {b"soun", b"m1a "}) and True in self.steady
         certain = sound and not self.handlers & {b"vide", b"subp"} and False not in self.steady
         # the first row begins at 1, whatever it says
-        first = np.concatenate([[1], self.runs[1:, 0], [self.chunks + 1]])
-        lengths = np.diff(first)[: len(self.runs)]
+        firsts = np.concatenate([[1], self.runs[1:, 0], [self.chunks + 1]])
+        lengths = np.diff(firsts)[: len(self.runs)]
         pieces = -(-self.runs[:, 1] // _PCM_SAMPLES)
         pcm = int((lengths * pieces).sum()) if (lengths >= 0).all() else self.chunks * int(pieces.max())
         return ((pcm if sound else 0) + (0 if certain else self.samples)) * self.edits

@@ -28,9 +28,9 @@ _CONTAINERS = (
     "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,nut,ivf,obu,h264,hevc,m4v,dv,rm,yuv4mpegpipe,"
     "gif,apng,webp,wav,mp3,flac,aac"
 )
+_PICTURES = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _REUSE = 10
 """How many times over a file's bytes may be read as packets; an edit list may show some twice."""
-_PICTURES = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 
 def frame_indices(total: int, fps: float, cap: int | None = None) -> list[int]:

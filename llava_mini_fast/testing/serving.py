@@ -94,11 +94,24 @@ class Server:
             lines = answer.read().decode().splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
+    def idle(self):
+        """Whether it is writing no answer."""
+        return self.metric("vllm:num_requests_running") == 0
+
     def descendants(self):
         """Process ids of the server's children, theirs included."""
         import psutil
 
         return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
+
+
+def until(condition, *more, patience=60):
+    """What condition() gives once it is true; `more` is said where that takes too long (seconds)."""
+    end = time.monotonic() + patience
+    while not (found := condition()):
+        assert time.monotonic() < end, more
+        time.sleep(0.1)
+    return found
 
 
 def picture(seed, size=(60, 45)):

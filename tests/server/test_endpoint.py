@@ -2,10 +2,10 @@
 
 import http.server
 import threading
-import time
 
 import pytest
 
+from llava_mini_fast.testing.serving import until
 from llava_mini_fast.web import Endpoint
 
 pytest.importorskip("openai", reason="the extra `web` is not installed")
@@ -53,10 +53,7 @@ def test_a_closed_answer_stops_the_server(server):
         if whole:
             assert list(answer)
         answer.close()
-        end = time.monotonic() + 60
-        while server.metric("vllm:num_requests_running"):
-            assert time.monotonic() < end
-            time.sleep(0.1)
+        until(server.idle)
         written.append(server.metric("vllm:generation_tokens_total"))
     closed, ended = written[1] - written[0], written[2] - written[1]
     assert 0 < closed < ended

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_mini_fast.testing.serving import picture
+from llava_mini_fast.testing.serving import picture, until
 from llava_mini_fast.web import page
 
 pytest.importorskip("gradio", reason="the extra `web` is not installed")
@@ -81,14 +81,6 @@ def find(browser, css):
     return WebDriverWait(browser, PATIENCE).until(lambda b: b.find_elements("css selector", css))[0]
 
 
-def until(condition, *more):
-    end = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        assert time.monotonic() < end, more
-        time.sleep(0.1)
-    return found
-
-
 def upload(browser, path):
     find(browser, "#medium input[type=file]").send_keys(str(path))
 
@@ -119,11 +111,7 @@ def watch_answers(browser):
 def settled(browser, server, number):
     """Whether so many answers are there, whole: the page may be behind the server."""
     quiet = browser.execute_script("return Date.now() - window.changed") > 2000
-    return quiet and idle(server) and len(answers(browser)) == number
-
-
-def idle(server):
-    return server.metric("vllm:num_requests_running") == 0
+    return quiet and server.idle() and len(answers(browser)) == number
 
 
 def test_ask_stream_and_ask_again(browser, server, tmp_path):
