@@ -39,11 +39,11 @@ MODELS = (Model("vicuna", 11008, 32, 32), Model("llama", 14336, 32, 8))
 
 @dataclass(frozen=True)
 class Shape:
-    """One op at one shape. `make(dtype)` gives the op's keyword arguments on the CPU, the same at every call."""
+    """One op at one shape. `make(dtype, device="cpu")` gives the op's keyword arguments, the same at every call and device."""
 
     op: str
     name: str
-    make: Callable[[torch.dtype], Inputs]
+    make: Callable[..., Inputs]
     wide: int
     """Bytes to move that are the same at every dtype (float32 constants, positions, tables)."""
     elements: int
@@ -59,14 +59,14 @@ BLOCK = 1_000_003
 
 
 class Draw:
-    """Normal numbers from one seed, in the order in which they are asked for."""
+    """Normal numbers from one seed, in the order in which they are asked for: drawn on the CPU, repeated on `device`."""
 
-    def __init__(self, dtype: torch.dtype, seed: int = 0):
-        self.dtype, self.generator = dtype, torch.Generator().manual_seed(seed)
+    def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0):
+        self.dtype, self.device, self.generator = dtype, device, torch.Generator().manual_seed(seed)
 
     def __call__(self, *size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         count = math.prod(size)
-        block = torch.randn(min(count, BLOCK), generator=self.generator).to(dtype or self.dtype)
+        block = torch.randn(min(count, BLOCK), generator=self.generator).to(self.device, dtype or self.dtype)
         if count > BLOCK:
             block = block.repeat(-(-count // BLOCK))[:count]
         return block.view(size)
@@ -76,9 +76,11 @@ def compressor_attention(name: str, frames: int, rows: int, queries: int, width:
     """Q = `queries` learned queries over `rows` features of each frame. `module` is for the baselines: its parameters."""
     folded = COMPRESSOR_HEADS * queries
 
-    def make(dtype: torch.dtype) -> Inputs:
-        draw = Draw(dtype)
-        module = Compressor(round(queries**0.5), width).requires_grad_(False)
+    def make(dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
+        draw = Draw(dtype, device)
+        with torch.device("cpu"):
+            module = Compressor(round(queries**0.5), width).requires_grad_(False)
+        module.to(device)
         for parameter_name, parameter in module.named_parameters():
             # matrices scaled so that scores have a spread of about one, as a trained softmax has; norms near the identity
             if parameter.dim() == 2:
@@ -100,8 +102,8 @@ def causal_attention(name: str, model: Model, frames: int, rows: int, last: int,
     """The last `last` of `rows` rows of each frame ask."""
     heads, kv_heads = model.heads, model.kv_heads
 
-    def make(dtype: torch.dtype) -> Inputs:
-        draw = Draw(dtype)
+    def make(dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
+        draw = Draw(dtype, device)
         sizes = {"q": (last, heads), "k": (rows, kv_heads), "v": (rows, kv_heads)}
         return {key: draw(frames, *size, head_dim) for key, size in sizes.items()}
 
@@ -116,12 +118,12 @@ def prefix_attention(
     """Segments of `lengths` text rows, each over the image state of its frame."""
     heads, kv_heads, rows = model.heads, model.kv_heads, sum(lengths)
 
-    def make(dtype: torch.dtype) -> Inputs:
-        draw = Draw(dtype)
+    def make(dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
+        draw = Draw(dtype, device)
         q, k, v = (draw(rows, count, head_dim) for count in (heads, kv_heads, kv_heads))
         # both halves of one image state, as pre-fusion keeps it: K and V are strided views
         state = draw(max(frames) + 1, 2, prefix, kv_heads, head_dim)
-        segments = Segments.of(lengths, frames, "cpu")
+        segments = Segments.of(lengths, frames, device)
         return {"q": q, "k": k, "v": v, "prefix_k": state[:, 0], "prefix_v": state[:, 1], "segments": segments}
 
     elements = head_dim * 2 * (rows * heads + rows * kv_heads + len(set(frames)) * prefix * kv_heads)
@@ -132,8 +134,8 @@ def prefix_attention(
 def rms_norm(name: str, rows: int, hidden: int = HIDDEN) -> Shape:
     """With the residual add, as in the middle of a layer."""
 
-    def make(dtype: torch.dtype) -> Inputs:
-        draw = Draw(dtype)
+    def make(dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
+        draw = Draw(dtype, device)
         return {"x": draw(rows, hidden), "weight": draw(hidden), "eps": 1e-5, "residual": draw(rows, hidden)}
 
     # an element is added, squared, summed, scaled and weighted
@@ -144,12 +146,13 @@ def rope(name: str, model: Model, rows: int, head_dim: int = HEAD_DIM) -> Shape:
     """Packed q, k and v of `rows` rows at positions 0, 1, ..."""
     heads, kv_heads = model.heads, model.kv_heads
 
-    def make(dtype: torch.dtype) -> Inputs:
+    def make(dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
         frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
         angles = torch.arange(rows)[:, None] * frequencies
         return {
-            "packed": Draw(dtype)(rows, (heads + 2 * kv_heads) * head_dim), "positions": torch.arange(rows),
-            "table": torch.cat([angles.cos(), angles.sin()], dim=-1), "heads": heads, "kv_heads": kv_heads,
+            "packed": Draw(dtype, device)(rows, (heads + 2 * kv_heads) * head_dim),
+            "positions": torch.arange(rows, device=device),
+            "table": torch.cat([angles.cos(), angles.sin()], dim=-1).to(device), "heads": heads, "kv_heads": kv_heads,
         }  # fmt: skip
 
     elements = 2 * rows * (heads + 2 * kv_heads) * head_dim
@@ -160,18 +163,19 @@ def rope(name: str, model: Model, rows: int, head_dim: int = HEAD_DIM) -> Shape:
 def swiglu(name: str, inner: int, rows: int) -> Shape:
     # an element is negated, raised, increased, divided and multiplied
     return Shape(
-        "swiglu", name, lambda dtype: {"gate_up": Draw(dtype)(rows, 2 * inner)}, 0, 3 * rows * inner, 5 * rows * inner
-    )
+        "swiglu", name, lambda dtype, device="cpu": {"gate_up": Draw(dtype, device)(rows, 2 * inner)},
+        0, 3 * rows * inner, 5 * rows * inner,
+    )  # fmt: skip
 
 
 def add_frames(name: str, frames: int, length: int, hidden: int = HIDDEN) -> Shape:
     """One prompt's `length` rows of each frame into their running sum."""
 
-    def make(dtype: torch.dtype) -> Inputs:
-        draw = Draw(dtype)
+    def make(dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
+        draw = Draw(dtype, device)
         return {
             "total": draw(length, hidden, dtype=torch.float32), "rows": draw(frames * length, hidden),
-            "target": torch.arange(length).flip(0), "times": torch.ones(frames),
+            "target": torch.arange(length, device=device).flip(0), "times": torch.ones(frames, device=device),
         }  # fmt: skip
 
     wide = 2 * 4 * length * hidden + 8 * length + 4 * frames
