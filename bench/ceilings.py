@@ -40,17 +40,18 @@ class Ceilings:
 
 def measure(device: torch.device, dtype: torch.dtype, clock: Clock) -> Ceilings:
     """Copy 4 caches' worth (bytes read and bytes written both count), and multiply matrices of `dtype`."""
-    return Ceilings(_copy(device, clock), _gemm(device, dtype, clock))
+    return Ceilings(_copy(device, clock), gemm(device, dtype, clock))
 
 
 def _copy(device: torch.device, clock: Clock) -> float:
     size = min(max(4 * cache_bytes(device), 64 * 2**20), 2**30)
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     return 2 * size / _best(clock, lambda: target.copy_(source))
 
 
-def _gemm(device: torch.device, dtype: torch.dtype, clock: Clock) -> float:
+def gemm(device: torch.device, dtype: torch.dtype, clock: Clock) -> float:
+    """Operations a second of one large product of random matrices."""
     m, k, n = GEMM[device.type]
     a, b = (torch.randn(*shape, device=device).to(dtype) for shape in ((m, k), (k, n)))
     return 2 * m * k * n / _best(clock, lambda: torch.mm(a, b))

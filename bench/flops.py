@@ -60,6 +60,16 @@ def image_part_gemms(config: LlavaMiniConfig, frames: int) -> list[Gemm]:
     return [*whole, Gemm(rows, h, 2 * kv), *layer_gemms(config, frames * config.num_compressed)]
 
 
+def front_gemms(config: LlavaMiniConfig, frames: int, text_rows: int) -> list[Gemm]:
+    """Every linear layer of `frames` cold frames and one prompt of `text_rows` rows, but for the compressor's few."""
+    return [
+        *tower_gemms(config, frames * config.views_per_frame),
+        *projector_gemms(config, frames),
+        *image_part_gemms(config, frames),
+        *layer_gemms(config, frames * text_rows, config.prefusion_layer_num),
+    ]
+
+
 def attention_flops(queries: int, keys: int, heads: int, head_dim: int) -> int:
     """Scores and weighted sum, without a saving for the causal half."""
     return 4 * queries * keys * heads * head_dim

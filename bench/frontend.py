@@ -1,4 +1,8 @@
-"""The front end against the published structure, at real size: `python -m llava_mini_fast.bench.frontend --help`."""
+"""The front end against the published structure, at real size: `python -m llava_mini_fast.bench.frontend --help`.
+
+Every number is what a caller waits for: on CUDA the device is synchronised before and after, pixels lie in pinned memory, and
+the device's own time, by events, stands beside it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +20,35 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llava_mini_fast.bench import flops
+from llava_mini_fast.bench import ceilings, flops
 from llava_mini_fast.bench.published import PublishedFrontEnd
-from llava_mini_fast.bench.timing import Timing, interleave, machine, peak_memory
+from llava_mini_fast.bench.timing import Timing, clock_of, event_clock, interleave, machine, peak_memory, waiting_clock
 from llava_mini_fast.config import CLIP_L_336, MODEL_TYPE, LlavaMiniConfig
 from llava_mini_fast.fusion import FusionFrontEnd
 from llava_mini_fast.image_cache import CacheSizes
 from llava_mini_fast.ops.segments import Segments
+from llava_mini_fast.device import choose_device
 from llava_mini_fast.precision import quantize
-from llava_mini_fast.preprocess.views import Views
+from llava_mini_fast.preprocess.views import Views, normalize
 
 TEXT_ROWS = 60
-FRAMES = 32
-BATCH = 8
 BASELINE_FRAMES = 4
-"""The published loop's cost is the same every frame; four of them stand for 32."""
+"""The published loop's cost is the same every frame; four of them stand for all of a clip's."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured; a GPU bears more."""
+
+    clips: tuple[int, ...]
+    """Frames."""
+    questions: int
+    """In a batch, about one picture."""
+    images: int
+    """In a batch, all different."""
+
+
+SIZES = {"cpu": Sizes(clips=(32,), questions=8, images=8), "cuda": Sizes(clips=(15, 32, 64), questions=32, images=8)}
 CHECK_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 8e-2}
 """Relative to the largest value: what equal maths in another order may differ by at these widths before timing is refused."""
 LLAMA_8B = {
@@ -41,68 +60,141 @@ LLAMA_8B = {
         "original_max_position_embeddings": 8192,
     },
 }  # fmt: skip
+VICUNA_7B = {
+    **{name: value for name, value in LLAMA_8B.items() if name != "rope_scaling"}, "intermediate_size": 11008,
+    "num_key_value_heads": 32, "rope_theta": 10000.0, "max_position_embeddings": 4096,
+}  # fmt: skip
+MODELS = {"llama": LLAMA_8B, "vicuna": VICUNA_7B}
+"""Widths of the published checkpoints."""
 SMALL = {
     "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "prefusion_layer_num": 2,
 }  # fmt: skip
 
 
-def build(dtype: torch.dtype, hd: bool, small: bool) -> FusionFrontEnd:
-    """A front end of Llama-3.1-8B's widths (1.2 B parameters) with random weights; `small` for trying the benchmark."""
-    raw = LLAMA_8B | (SMALL if small else {}) | {"compressor_size": 8 if hd else 1, "resolution_ratio": 2 if hd else 1}
-    vision = CLIP_L_336 | ({"num_hidden_layers": 3, "intermediate_size": 256} if small else {})
+def front_config(model: str = "llama", hd: bool = False, small: bool = False) -> LlavaMiniConfig:
+    """The configuration of a published model of `MODELS`; `small` has tiny widths, for trying the benchmark."""
+    raw = MODELS[model] | (SMALL if small else {}) | {"compressor_size": 8 if hd else 1, "resolution_ratio": 1 + hd}
     config = LlavaMiniConfig.from_dict(raw)
-    config.vision.update(vision)
-    generator = torch.Generator().manual_seed(0)
+    config.vision.update(CLIP_L_336 | ({"num_hidden_layers": 3, "intermediate_size": 256} if small else {}))
+    return config
+
+
+def build(
+    dtype: torch.dtype,
+    hd: bool,
+    small: bool,
+    model: str = "llama",
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+) -> FusionFrontEnd:
+    """A front end of a published model's widths (Llama-3.1-8B: 1.2 B parameters) with random weights."""
+    config, generator = front_config(model, hd, small), torch.Generator().manual_seed(0)
+    table = torch.randn(config.vocab_size, config.hidden_size, generator=generator).to(device, dtype)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        table = torch.randn(config.vocab_size, config.hidden_size, generator=generator, dtype=torch.float32).to(dtype)
-        front = FusionFrontEnd(config, lambda ids: table[ids]).requires_grad_(False).eval()
+        with torch.device(device):
+            front = FusionFrontEnd(config, lambda ids: table[ids], backend).requires_grad_(False).eval()
     finally:
         torch.set_default_dtype(before)
-    block = torch.randn(1_000_003, generator=generator)  # repeated: drawing 1.2 B numbers would take minutes
-    for name, parameter in front.named_parameters():
-        if parameter.dim() == 1:  # norms and biases
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            continue
-        scaled, flat = (block * parameter[0].numel() ** -0.5).to(dtype), parameter.data.view(-1)
-        for start in range(0, flat.numel(), block.numel()):
-            piece = flat[start : start + block.numel()]
-            piece.copy_(scaled[: piece.numel()])
+    fill(front, generator)
     return front
 
 
-def make_views(frames: int, views: int, seed: int) -> Views:
-    """Random preprocessed frames under made-up digests (nothing here hashes)."""
-    pixels = torch.randn(frames, views, 3, 336, 336, generator=torch.Generator().manual_seed(seed))
+def fill(module: torch.nn.Module, generator: torch.Generator) -> None:
+    """Random matrices, scaled by their width; norms of one and biases of nothing."""
+    block = torch.randn(1_000_003, generator=generator)  # repeated: drawing a billion numbers would take minutes
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        scaled = (block * parameter[0].numel() ** -0.5).to(parameter.device, parameter.dtype)
+        flat = parameter.data.view(-1)
+        whole = len(flat) // len(scaled) * len(scaled)
+        flat[:whole].view(-1, len(scaled)).copy_(scaled.expand(whole // len(scaled), -1))
+        flat[whole:].copy_(scaled[: len(flat) - whole])
+
+
+def make_views(frames: int, views: int, seed: int, device: torch.device | str = "cpu") -> Views:
+    """Random frames under made-up digests (nothing here hashes); in pinned memory for a CUDA device."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (frames, views, 3, 336, 336), dtype=torch.uint8, generator=generator)
+    if torch.device(device).type == "cuda":
+        pixels = pixels.pin_memory()
     return Views("video", pixels, tuple(f"{seed} {i}".encode() for i in range(frames)))
 
 
-class Bench:
-    """Every measurement at one dtype; `rows` collects what was measured, `ratios` what is judged."""
+Report = Callable[[dict[str, Any]], None]
+"""Called with every row as soon as it is measured."""
 
-    def __init__(self, dtype: torch.dtype, rounds: int, small: bool, bar: tqdm):
-        self.dtype, self.rounds, self.small, self.bar = dtype, rounds, small, bar
+
+class Bench:
+    """Every measurement of one model at one dtype; `rows` collects what was measured, `ratios` what is judged."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        rounds: int,
+        small: bool,
+        report: Report = lambda row: None,
+        device: torch.device | str = "cpu",
+        model: str = "llama",
+        sizes: Sizes | None = None,
+        tick: Callable[[], None] = lambda: None,
+    ):
+        self.dtype, self.rounds, self.small, self.report, self.model, self.tick = (
+            dtype, rounds, small, report, model, tick,
+        )  # fmt: skip
+        self.device = torch.device(device)
+        self.sizes = sizes or SIZES[self.device.type]
         self.rows: list[dict[str, Any]] = []
         self.ratios: dict[str, float] = {}
         self.ids = [1, -200, *range(2, TEXT_ROWS + 1)]
+        # of large GEMMs; on a CPU torch.mm over the same shapes says more
+        self.peak = (
+            ceilings.gemm(self.device, dtype, clock_of(self.device)) if self.device.type == "cuda" else None
+        )
+
+    def build(self, hd: bool) -> FusionFrontEnd:
+        return build(self.dtype, hd, self.small, self.model, self.device)
+
+    def views(self, frames: int, views: int, seed: int) -> Views:
+        return make_views(frames, views, seed, self.device)
 
     def timed(
         self, candidates: dict[str, Callable[[], Any]], rounds: int | None = None, warmup: int = 1
     ) -> dict[str, Timing]:
-        return interleave(candidates, rounds or self.rounds, warmup, tick=self.bar.update)
+        return interleave(candidates, rounds or self.rounds, warmup, self.tick, waiting_clock(self.device))
 
-    def row(self, name: str, ours: Timing, theirs: Timing | None, operations: int, bound: float | None = None) -> None:
-        entry: dict[str, Any] = {"name": name, "ours": ours.as_json(), "gflops_per_s": operations / ours.median / 1e9}
+    def row(
+        self,
+        name: str,
+        ours: Timing,
+        theirs: Timing | None,
+        operations: int,
+        bound: float | None = None,
+        run: Callable[[], Any] | None = None,
+        **more: Any,
+    ) -> None:
+        """One measurement. `run`: what was measured, whose time on a CUDA device is added."""
+        entry: dict[str, Any] = {
+            "model": self.model, "name": name, "ours": ours.as_json(), "gflops_per_s": operations / ours.median / 1e9,
+        }  # fmt: skip
         if theirs is not None:
             entry |= {"published": theirs.as_json(), "ratio": theirs.median / ours.median, "flop_bound": bound}
+        if run is not None and self.device.type == "cuda":
+            on_device = statistics.median(event_clock(run, head_start=20e-3) for _ in range(self.rounds))
+            entry |= {"device_s": on_device, "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device)}
+        if self.peak is not None:
+            entry["gemm_ceiling_share"] = operations / ours.median / self.peak
+        entry |= more
         self.rows.append(entry)
-        self.bar.write(render_row(entry))
+        self.report(entry)
 
     def check(self, front: FusionFrontEnd, media: Views) -> None:
         """No number is reported where the two don't agree."""
         (ours,) = front.fuse([(self.ids, media)])
-        theirs = self.published.embed(self.ids, media.pixels.to(self.dtype))
+        theirs = self.published.embed(self.ids, normalize(media.pixels, self.dtype))
         error = ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
         if not error < CHECK_TOLERANCE[self.dtype]:
             raise SystemExit(
@@ -115,89 +207,103 @@ class Bench:
         """One prompt about media that no cache holds. `fewer`: frames that the baseline is timed on, scaled up."""
         published, count = self.published, fewer or media.num_frames
         front.configure(CacheSizes(0, 0))
-        pixels = media.pixels[:count].to(self.dtype)
-        times = self.timed(
-            {"ours": lambda: front.fuse([(self.ids, media)]), "published": lambda: published.embed(self.ids, pixels)},
-            rounds,
-            warmup,
-        )
+        pixels = normalize(media.pixels[:count], self.dtype)
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+        def run() -> None:
+            front.fuse([(self.ids, media)])
+
+        candidates = {"ours": run, "published": lambda: published.embed(self.ids, pixels)}
+        ceiling = None
+        if self.device.type == "cuda":
+            frames = min(media.num_frames, front.cache.chunk)
+            ceiling = GemmCeiling(flops.front_gemms(front.config, frames, TEXT_ROWS), self.dtype, self.device)
+            candidates["gemm ceiling"] = ceiling.run
+        times = self.timed(candidates, rounds, warmup)
         baseline = Timing(tuple(s * media.num_frames / count for s in times["published"].seconds))
+        more = {}
+        if ceiling is not None:
+            more["mm_share"] = times["gemm ceiling"].median * media.num_frames / frames / times["ours"].median
         ours, full = (front_total(front.config, media.num_frames, p) for p in (False, True))
-        self.row(name, times["ours"], baseline, ours, full / ours)
+        self.row(name, times["ours"], baseline, ours, full / ours, run, frames=media.num_frames, **more)
         return baseline
 
     def standard(self) -> None:
-        front = build(self.dtype, hd=False, small=self.small)
-        image, clip = make_views(1, 1, seed=1), make_views(FRAMES, 1, seed=2)
+        front, gpu = self.build(hd=False), self.device.type == "cuda"
+        image = self.views(1, 1, seed=1)
         self.published = PublishedFrontEnd(front)  # before packing, which gives the plain weights up
         front.pack()
-        self.check(front, make_views(2, 1, seed=3))
+        self.check(front, self.views(2, 1, seed=3))
         self.stages(front, image)
         baseline = self.cold("cold image", front, image, rounds=self.rounds, warmup=1)
         self.ratios["cold_image"] = self.rows[-1]["ratio"]
         self.warm(front, image, baseline)
-        self.cold(f"{FRAMES}-frame video", front, clip, rounds=1, warmup=0, fewer=BASELINE_FRAMES)
-        self.ratios["video32"] = self.rows[-1]["ratio"]
+        for frames in self.sizes.clips:
+            clip = self.views(frames, 1, seed=100 + frames)
+            once = {"rounds": self.rounds, "warmup": 1} if gpu else {"rounds": 1, "warmup": 0}
+            self.cold(f"{frames}-frame video", front, clip, **once, fewer=min(frames, BASELINE_FRAMES))
+            self.ratios[f"video{frames}"] = self.rows[-1]["ratio"]
         self.batch(front, baseline)
-        if self.dtype == torch.bfloat16:
+        if self.dtype == torch.bfloat16 and not gpu:
             self.int8(image, baseline)
 
     def batch(self, front: FusionFrontEnd, baseline: Timing) -> None:
         """Prompts about different images in one call; the baseline takes one image after the other."""
-        images = [make_views(1, 1, seed=10 + index) for index in range(BATCH)]
+        number, gpu = self.sizes.images, self.device.type == "cuda"
+        images = [self.views(1, 1, seed=10 + index) for index in range(number)]
         front.configure(CacheSizes(0, 0))
-        times = self.timed({"ours": lambda: front.fuse([(self.ids, image) for image in images])}, rounds=1, warmup=0)
-        ours, full = (BATCH * front_total(front.config, 1, p) for p in (False, True))
-        scaled = Timing(tuple(s * BATCH for s in baseline.seconds))
-        self.row(f"{BATCH} cold images in a batch", times["ours"], scaled, ours, full / ours)
+
+        def run() -> None:
+            front.fuse([(self.ids, image) for image in images])
+
+        times = self.timed({"ours": run}, rounds=self.rounds if gpu else 1, warmup=int(gpu))
+        ours, full = (number * front_total(front.config, 1, p) for p in (False, True))
+        scaled = Timing(tuple(s * number for s in baseline.seconds))
+        self.row(f"{number} cold images in a batch", times["ours"], scaled, ours, full / ours, run)
 
     def warm(self, front: FusionFrontEnd, image: Views, baseline: Timing) -> None:
         """Questions about a cached image; the baseline knows no cache and starts over."""
         front.configure(CacheSizes())
         front.fuse([(self.ids, image)])
-        questions = [[1, -200, *[10 + q] * (TEXT_ROWS - 1)] for q in range(BATCH)]
+        number = self.sizes.questions
+        questions = [[1, -200, *[10 + q] * (TEXT_ROWS - 1)] for q in range(number)]
         turns = [[1, -200, *range(2, TEXT_ROWS * t + 1)] for t in (1, 2, 3)]
-        times = self.timed(
-            {
-                "one": lambda: front.fuse([(questions[0], image)]),
-                "eight": lambda: front.fuse([(q, image) for q in questions]),
-                "turns": lambda: [front.fuse([(t, image)]) for t in turns[1:]],
-            },
-            self.rounds + 2,
-        )
+        runs = {
+            "second question": lambda: front.fuse([(questions[0], image)]),
+            f"{number} second questions in a batch": lambda: front.fuse([(q, image) for q in questions]),
+            "turns 2 and 3 (120 and 180 rows)": lambda: [front.fuse([(t, image)]) for t in turns[1:]],
+        }
+        times = self.timed(runs, self.rounds + 2)
         text = flops.front_flops(front.config, 1, TEXT_ROWS)["text part"]
-        self.row("second question", times["one"], baseline, text, None)
-        self.ratios["second_question"] = self.rows[-1]["ratio"]
-        for name, key, count in (
-            (f"{BATCH} second questions in a batch", "eight", BATCH),
-            ("turns 2 and 3 (120 and 180 rows)", "turns", 2),
-        ):
-            scaled = Timing(tuple(s * count for s in baseline.seconds))
-            self.row(name, times[key], scaled, text * (BATCH if count == BATCH else 5))
+        for (name, run), instead, work in zip(runs.items(), (1, number, 2), (1, number, 5)):
+            scaled = Timing(tuple(s * instead for s in baseline.seconds))
+            self.row(name, times[name], scaled, text * work, None, run)
+        self.ratios["second_question"] = self.rows[-3]["ratio"]
 
     def stages(self, front: FusionFrontEnd, image: Views) -> None:
         """Each stage alone, and how near the vision tower and the image part come to plain GEMMs of their shapes."""
-        config, pixels = front.config, image.pixels.to(self.dtype)
-        fusion, text = front.prefusion_layers, front.embed_text(torch.arange(1, TEXT_ROWS + 1))
+        config, pixels = front.config, normalize(image.pixels.to(self.device), self.dtype)
+        fusion, text = front.prefusion_layers, front.embed_text(torch.arange(1, TEXT_ROWS + 1, device=self.device))
+        segments = Segments.of([TEXT_ROWS], [0], self.device)
         with torch.inference_mode():
             features = front.vision_tower(pixels[:, 0])
             patches, compressed = front.encode(pixels)
             state = front.cache.state
             gemms = [*flops.tower_gemms(config, 1), *flops.image_part_gemms(config, 1)]
-            ceiling = GemmCeiling(gemms, self.dtype)
-            times = self.timed(
-                {
-                    "vision tower": lambda: front.vision_tower(pixels[:, 0]),
-                    "image part": lambda: fusion.image_part(patches, compressed, state, [0]),
-                    "gemm ceiling": ceiling.run,
-                    "compressor": lambda: front.compressor(features),
-                    "projector": lambda: front.mm_projector(features),
-                    "text part": lambda: fusion.text_part(text, Segments.of([TEXT_ROWS], [0], "cpu"), state),
-                }
-            )
-        operations = flops.front_flops(config, 1, TEXT_ROWS)
-        for name, count in operations.items():
-            self.row(name, times[name], None, count)
+            ceiling = GemmCeiling(gemms, self.dtype, self.device)
+            runs = {
+                "vision tower": lambda: front.vision_tower(pixels[:, 0]),
+                "image part": lambda: fusion.image_part(patches, compressed, state, [0]),
+                "gemm ceiling": ceiling.run,
+                "compressor": lambda: front.compressor(features),
+                "projector": lambda: front.mm_projector(features),
+                "text part": lambda: fusion.text_part(text, segments, state),
+            }
+            times = self.timed(runs)
+            for name, count in flops.front_flops(config, 1, TEXT_ROWS).items():
+                self.row(name, times[name], None, count, None, runs[name])
         self.row("gemm ceiling (torch.mm, same shapes)", times["gemm ceiling"], None, sum(g.flops for g in gemms))
         shares = [
             ceiling / (tower + part)
@@ -207,32 +313,35 @@ class Bench:
 
     def int8(self, image: Views, baseline: Timing) -> None:
         """int8 weights through torchao: speed beside the published structure, error beside this dtype."""
-        front = build(self.dtype, hd=False, small=self.small)
+        front = self.build(hd=False)
         (exact,) = front.fuse([(self.ids, image)])
         quantize([front.vision_tower, front.mm_projector, front.prefusion_layers], "int8")
         front.configure(CacheSizes(0, 0))
         (rows,) = front.fuse([(self.ids, image)])
         times = self.timed({"int8": lambda: front.fuse([(self.ids, image)])})
         ours, full = (front_total(front.config, 1, p) for p in (False, True))
-        self.row("cold image, int8 (torchao, eager)", times["int8"], baseline, ours, full / ours)
-        self.rows[-1]["relative_error"] = ((rows.float() - exact.float()).norm() / exact.float().norm()).item()
+        error = ((rows.float() - exact.float()).norm() / exact.float().norm()).item()
+        self.row(
+            "cold image, int8 (torchao, eager)", times["int8"], baseline, ours, full / ours, relative_error=error
+        )
 
     def hd(self) -> None:
-        front = build(self.dtype, hd=True, small=self.small)
+        front, gpu = self.build(hd=True), self.device.type == "cuda"
         self.published = PublishedFrontEnd(front)
         front.pack()
-        self.cold("HD image", front, make_views(1, 5, seed=4), rounds=max(1, self.rounds - 1), warmup=0)
+        rounds = self.rounds if gpu else max(1, self.rounds - 1)
+        self.cold("HD image", front, self.views(1, 5, seed=4), rounds=rounds, warmup=int(gpu))
         self.ratios["hd"] = self.rows[-1]["ratio"]
 
 
 class GemmCeiling:
     """The products of a stage and nothing else, each over weights of its own, as the model's layers have."""
 
-    def __init__(self, gemms: list[flops.Gemm], dtype: torch.dtype):
+    def __init__(self, gemms: list[flops.Gemm], dtype: torch.dtype, device: torch.device | str = "cpu"):
         self.products: list[tuple[Tensor, Tensor]] = []
         for gemm in gemms:
-            x = torch.randn(gemm.m, gemm.k).to(dtype)
-            weight = torch.randn(gemm.n, gemm.k).to(dtype)
+            x = torch.randn(gemm.m, gemm.k, device=device).to(dtype)
+            weight = torch.randn(gemm.n, gemm.k, device=device).to(dtype)
             self.products += [(x, weight.clone().T) for _ in range(gemm.count)]
 
     def run(self) -> None:
@@ -244,13 +353,23 @@ def front_total(config: LlavaMiniConfig, frames: int, published: bool) -> int:
     return sum(flops.front_flops(config, frames, TEXT_ROWS, published).values())
 
 
-def run(dtypes: list[str], rounds: int, small: bool) -> dict[str, Any]:
-    """All measurements; the result is what `--json` stores."""
-    result: dict[str, Any] = {"benchmark": "frontend", "text_rows": TEXT_ROWS, "small": small, "machine": machine()}
+def run(dtypes: list[str], rounds: int, small: bool, device: str = "cpu", model: str = "llama") -> dict[str, Any]:
+    """All measurements; the result is what `--json` stores.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    where = choose_device(device)
+    result: dict[str, Any] = {
+        "benchmark": "frontend", "model": model, "text_rows": TEXT_ROWS, "small": small, "machine": machine(where),
+    }  # fmt: skip
     started = time.perf_counter()
     with tqdm(unit=" runs", file=sys.stderr, mininterval=1) as bar:
         for name in dtypes:
-            bench = Bench(getattr(torch, name), rounds, small, bar)
+            bench = Bench(
+                getattr(torch, name), rounds, small, lambda row: bar.write(render_row(row)), where, model,
+                tick=bar.update,
+            )  # fmt: skip
             bar.set_description(f"frontend, {name}")
             bench.standard()
             bench.hd()
@@ -272,6 +391,12 @@ def render_row(row: dict[str, Any]) -> str:
         line += f", {row['ratio']:6.2f} x published"
     if row.get("flop_bound"):
         line += f" (FLOP bound {row['flop_bound']:.2f})"
+    if "device_s" in row:
+        line += f", {row['device_s'] / row['ours']['median_s']:4.0%} of it on the device"
+    if "mm_share" in row:
+        line += f", {row['mm_share']:4.0%} of torch.mm"
+    if "gemm_ceiling_share" in row:
+        line += f", {row['gemm_ceiling_share']:4.0%} of a large GEMM"
     if "relative_error" in row:
         line += f", relative error {row['relative_error']:.1e}"
     return line
@@ -279,7 +404,9 @@ def render_row(row: dict[str, Any]) -> str:
 
 def render(result: dict[str, Any]) -> str:
     """The result as a table for people."""
-    lines = [f"{result['machine']['cpu']}, {result['machine']['threads']} threads, torch {result['machine']['torch']}"]
+    m = result["machine"]
+    where = f"{m['cpu']}, {m['threads']} threads" if m["device"] == "cpu" else m["device"]
+    lines = [f"{where}, torch {m['torch']}, {result['model']}'s widths"]
     for key in (k for k in result if k.startswith("rows_")):
         lines += ["", key.removeprefix("rows_"), *map(render_row, result[key])]
     for key in (k for k in result if k.startswith("ratios")):
@@ -293,11 +420,15 @@ def render(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m llava_mini_fast.bench.frontend",
-        description="Time the fusion front end at Llama-3.1-8B's widths against the published structure, side by side.",
+        description="Time the fusion front end at a published model's widths against the published structure, side by side.",
         epilog="example: python -m llava_mini_fast.bench.frontend --json bench/results/frontend-cpu.json",
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="store the result here")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="one dtype only (default: both)")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="cpu", help="where to run (default: %(default)s)"
+    )
+    parser.add_argument("--model", choices=MODELS, default="llama", help="whose widths (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each measurement (default: %(default)s)")
     parser.add_argument(
         "--small", action="store_true", help="tiny widths, to try the benchmark; its ratios mean nothing"
@@ -305,7 +436,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
-    result = run([args.dtype] if args.dtype else ["float32", "bfloat16"], args.rounds, args.small)
+    dtypes = [args.dtype] if args.dtype else ["float32", "bfloat16"]
+    try:
+        result = run(dtypes, args.rounds, args.small, args.device, args.model)
+    except ValueError as error:
+        parser.exit(1, f"frontend: {error}\n")
     print(render(result))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ class PublishedFrontEnd:
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            with no_init_weights():
+            with no_init_weights(), front.device:
                 clip = self.config.clip_config()
                 clip._attn_implementation = "eager"
                 self.tower = CLIPVisionModel(clip).eval()
@@ -41,7 +41,7 @@ class PublishedFrontEnd:
                 self.attention = nn.MultiheadAttention(width, COMPRESSOR_HEADS)
         finally:
             torch.set_default_dtype(before)
-        self.rotary = LlamaRotaryEmbedding(llama)
+        self.rotary = LlamaRotaryEmbedding(llama).to(front.device)
         self._share()
 
     def _share(self) -> None:
@@ -61,8 +61,8 @@ class PublishedFrontEnd:
 
     @torch.inference_mode()
     def embed(self, prompt_ids: list[int], pixels: Tensor) -> Tensor:
-        """pixels (T, V, 3, 336, 336), normalised -> fused rows (len(prompt_ids) - 1 + T * Q, H)."""
-        ids = torch.tensor(prompt_ids)
+        """pixels (T, V, 3, 336, 336), normalised, on any device -> fused rows (len(prompt_ids) - 1 + T * Q, H)."""
+        ids, pixels = torch.tensor(prompt_ids, device=self.front.device), pixels.to(self.front.device, non_blocking=True)
         text = self.front.embed_text(ids.clamp(min=0)).to(self.front.dtype)
         vision, fused = zip(*(self._frame(views, ids, text) for views in pixels))
         mean = torch.stack(fused).float().mean(0).to(text.dtype) if len(fused) > 1 else fused[0]
@@ -90,11 +90,11 @@ class PublishedFrontEnd:
     def _prefuse(self, patches: Tensor, compressed: Tensor, ids: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         x = torch.cat([patches, compressed, text])[None]
         vision = len(patches) + len(compressed)
-        keep = torch.cat([torch.ones(vision, dtype=torch.bool), ids > 0])
+        keep = torch.cat([torch.ones(vision, dtype=torch.bool, device=x.device), ids > 0])
         positions = (keep.long().cumsum(0) - 1).masked_fill(~keep, 1)[None]
         rows = x.shape[1]
-        hidden = torch.ones(rows, rows, dtype=torch.bool).triu(1) | ~keep
-        mask = torch.zeros(rows, rows, dtype=x.dtype).masked_fill(hidden, torch.finfo(x.dtype).min)[None, None]
+        hidden = torch.ones(rows, rows, dtype=torch.bool, device=x.device).triu(1) | ~keep
+        mask = torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, torch.finfo(x.dtype).min)[None, None]
         embeddings = self.rotary(x, positions)
         for layer in self.layers:
             x = layer(x, attention_mask=mask, position_ids=positions, position_embeddings=embeddings)

@@ -45,19 +45,21 @@ def wall_clock(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-HEAD_START = 4_000_000
-"""Cycles, about two milliseconds, that the device sleeps before events are timed."""
+HEAD_START = 2e-3
+"""Seconds that the device sleeps before events are timed."""
+CYCLES_PER_SECOND = 2e9
+"""Of a GPU's clock, roughly: `torch.cuda._sleep` counts cycles."""
 
 
-def event_clock(run: Callable[[], Any]) -> float:
+def event_clock(run: Callable[[], Any], head_start: float = HEAD_START) -> float:
     """The current CUDA device's own time between two events.
 
-    The device sleeps first, so that the host is ahead with its launches and their cost is not in the time; what waits for
-    the device in between (a copy from pageable memory) loses that head start, as it would in use.
+    The device sleeps for `head_start` seconds first, so that the host is ahead with its launches and their cost is not in the
+    time; what waits for the device in between (a copy from pageable memory) loses that head start, as it would in use.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch.cuda._sleep(HEAD_START)
+    torch.cuda._sleep(int(head_start * CYCLES_PER_SECOND))
     start.record()
     run()
     end.record()
@@ -65,7 +67,22 @@ def event_clock(run: Callable[[], Any]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def synchronised_clock(run: Callable[[], Any]) -> float:
+    """What a caller waits for on a CUDA device, launches included."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def waiting_clock(device: torch.device) -> Clock:
+    """The clock of a caller who waits for the result."""
+    return synchronised_clock if device.type == "cuda" else wall_clock
+
+
 def clock_of(device: torch.device) -> Clock:
+    """The clock of the device's own work."""
     return event_clock if device.type == "cuda" else wall_clock
 
 

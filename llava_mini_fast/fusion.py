@@ -200,9 +200,10 @@ class FusionFrontEnd(nn.Module):
         if media is None and index is not None:
             raise ValueError("the prompt has a media placeholder and no image or video was given for it.")
         check_vocabulary(ids, self.config.vocab_size)
-        tensor = torch.tensor(ids, dtype=torch.long, device=self.device)
-        text = self.embed_text(tensor.clamp(min=0)).to(self.dtype)
-        return _Job(text, tensor, index, media)
+        embedded = torch.tensor([max(0, i) for i in ids], dtype=torch.long).to(self.device)
+        # ids <= 0 are masked out of pre-fusion as published: the placeholder, padding and an ordinary token of id 0
+        kept = torch.tensor([row for row, i in enumerate(ids) if i > 0], dtype=torch.long).to(self.device)
+        return _Job(self.embed_text(embedded).to(self.dtype), kept, index, media)
 
     def _chunks(self, jobs: Sequence[_Job]) -> Iterator[dict[bytes, _Frame]]:
         """Frames of all jobs, in order, in groups of at most `cache.chunk` different ones."""
@@ -250,7 +251,7 @@ class FusionFrontEnd(nn.Module):
         fused = self.prefusion_layers.text_part(torch.cat(texts), packed, self.cache.state)
         sizes = [len(job.kept) * len(group) for job, group in by_job.items()]
         for (job, group), rows in zip(by_job.items(), fused.split(sizes)):
-            times = torch.tensor([float(segment.times) for segment in group]).to(self.device)
+            times = torch.tensor([segment.times for segment in group], dtype=torch.float32).to(self.device)
             add_frames(job.total, rows, job.kept, times, backend=self.backend)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,15 +295,13 @@ class _Job:
     """One request on its way: its text, and what frames have added to it so far."""
 
     text: Tensor  # (L, H) plain embeddings
-    ids: Tensor  # (L,)
+    kept: Tensor  # rows of the text that are fused
     placeholder: int | None
     media: Media | Views | None
     num_frames: int = 0  # seen so far
     vision: dict[int, Tensor] = field(default_factory=dict)  # frame -> (Q, H)
 
     def __post_init__(self):
-        # ids <= 0 are masked out of pre-fusion as published: the placeholder, padding and an ordinary token of id 0
-        self.kept = (self.ids > 0).nonzero().flatten()
         self.total = None
         if self.media is not None:
             self.total = torch.zeros(self.text.shape, dtype=torch.float32, device=self.text.device)

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class PatchEmbedding(nn.Module):
+    """CLIP's patch convolution as a product, which it is: its stride is its kernel.
+
+    In float32 on CUDA cuDNN's convolutions round to TF32 by default, products don't. The weight keeps the convolution's name
+    and shape.
+    """
+
+    def __init__(self, width: int, patch: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, 3, patch, patch))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (V, 3, n * patch, n * patch) -> (V, width, n, n)."""
+        patch = self.weight.shape[-1]
+        patches = pixels.unflatten(-1, (-1, patch)).unflatten(2, (-1, patch))  # (V, 3, n, patch, n, patch)
+        rows = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return F.linear(rows, self.weight.flatten(1)).permute(0, 3, 1, 2)
 
 
 class VisionTower(nn.Module):
@@ -23,6 +44,7 @@ class VisionTower(nn.Module):
         kept = CLIPVisionConfig(**clip_config.to_dict() | {"num_hidden_layers": used})
         kept._attn_implementation = "sdpa"
         self.clip = CLIPVisionModel(kept)
+        self.clip.embeddings.patch_embedding = PatchEmbedding(kept.hidden_size, kept.patch_size)
         self.clip.post_layernorm = nn.Identity()  # feeds only the pooled output, which is not used
         self.width = kept.hidden_size
 

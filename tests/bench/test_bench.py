@@ -10,10 +10,26 @@ import torch
 from llava_mini_fast.bench import flops, frontend, timing
 from llava_mini_fast.bench.published import PublishedFrontEnd
 from llava_mini_fast.config import LlavaMiniConfig
+from llava_mini_fast.preprocess.views import normalize
 
 
 def real_size(**changes):
     return LlavaMiniConfig.from_dict(frontend.LLAMA_8B | {"compressor_size": 1} | changes)
+
+
+def test_the_gemms_are_most_of_the_operations():
+    """What torch.mm is timed on is what the front end multiplies, but for attention and the compressor."""
+    config = real_size()
+    gemms = sum(gemm.flops for gemm in flops.front_gemms(config, 3, 60))
+    assert 0.9 < gemms / sum(flops.front_flops(config, 3, 60).values()) < 1
+
+
+@pytest.mark.parametrize(("model", "kv_heads", "inner"), [("llama", 8, 14336), ("vicuna", 32, 11008)])
+def test_widths_are_the_published_models(model, kv_heads, inner):
+    config = frontend.front_config(model)
+    assert (config.hidden_size, config.num_key_value_heads, config.intermediate_size) == (4096, kv_heads, inner)
+    assert (config.vision["num_hidden_layers"], config.num_compressed) == (24, 1)
+    assert frontend.front_config(model, hd=True).num_compressed == 64
 
 
 def test_the_flop_bound_of_a_cold_image():
@@ -35,7 +51,7 @@ def test_flops_count_what_torch_counts():
         run = PublishedFrontEnd(front).embed if published else lambda ids, pixels: front.fuse([(ids, media)])
         # the counter doesn't know the CPU's fused attention
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            run([1, -200, *range(2, frontend.TEXT_ROWS + 1)], media.pixels)
+            run([1, -200, *range(2, frontend.TEXT_ROWS + 1)], normalize(media.pixels))
         counted = sum(flops.front_flops(front.config, 1, frontend.TEXT_ROWS, published).values())
         assert counter.get_total_flops() == pytest.approx(counted, rel=0.03)
 
@@ -46,7 +62,7 @@ def test_the_baseline_computes_the_same(hd):
     media = frontend.make_views(1 if hd else 2, 5 if hd else 1, seed=3)
     ids = [1, 5, 0, -200, 9, 17]
     (rows,) = front.fuse([(ids, media)])
-    assert torch.allclose(rows, PublishedFrontEnd(front).embed(ids, media.pixels), atol=2e-4)
+    assert torch.allclose(rows, PublishedFrontEnd(front).embed(ids, normalize(media.pixels)), atol=2e-4)
 
 
 def test_a_red_check_reports_no_number(monkeypatch):
@@ -56,12 +72,12 @@ def test_a_red_check_reports_no_number(monkeypatch):
 
 
 def test_frontend_end_to_end(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(frontend, "FRAMES", 2)
+    monkeypatch.setitem(frontend.SIZES, "cpu", frontend.Sizes(clips=(2,), questions=2, images=2))
     monkeypatch.setattr(frontend, "BASELINE_FRAMES", 1)
     path = tmp_path / "result.json"
     frontend.main(["--small", "--rounds", "1", "--json", str(path)])
     result = json.loads(path.read_text())
-    keys = {"cold_image", "second_question", "video32", "hd", "gemm_share"}
+    keys = {"cold_image", "second_question", "video2", "hd", "gemm_share"}
     assert set(result["ratios"]) == set(result["ratios_bf16"]) == keys
     assert all(row["ours"]["median_s"] > 0 for row in result["rows_float32"])
     assert any("relative_error" in row for row in result["rows_bfloat16"])
