@@ -24,10 +24,10 @@ from llava_mini_fast.bench import ceilings, flops
 from llava_mini_fast.bench.published import PublishedFrontEnd
 from llava_mini_fast.bench.timing import Timing, clock_of, event_clock, interleave, machine, peak_memory, waiting_clock
 from llava_mini_fast.config import CLIP_L_336, MODEL_TYPE, LlavaMiniConfig
+from llava_mini_fast.device import choose_device
 from llava_mini_fast.fusion import FusionFrontEnd
 from llava_mini_fast.image_cache import CacheSizes
 from llava_mini_fast.ops.segments import Segments
-from llava_mini_fast.device import choose_device
 from llava_mini_fast.precision import quantize
 from llava_mini_fast.preprocess.views import Views, normalize
 
@@ -151,9 +151,7 @@ class Bench:
         self.ratios: dict[str, float] = {}
         self.ids = [1, -200, *range(2, TEXT_ROWS + 1)]
         # of large GEMMs; on a CPU torch.mm over the same shapes says more
-        self.peak = (
-            ceilings.gemm(self.device, dtype, clock_of(self.device)) if self.device.type == "cuda" else None
-        )
+        self.peak = ceilings.gemm(self.device, dtype, clock_of(self.device)) if self.device.type == "cuda" else None
 
     def build(self, hd: bool) -> FusionFrontEnd:
         return build(self.dtype, hd, self.small, self.model, self.device)
@@ -321,9 +319,7 @@ class Bench:
         times = self.timed({"int8": lambda: front.fuse([(self.ids, image)])})
         ours, full = (front_total(front.config, 1, p) for p in (False, True))
         error = ((rows.float() - exact.float()).norm() / exact.float().norm()).item()
-        self.row(
-            "cold image, int8 (torchao, eager)", times["int8"], baseline, ours, full / ours, relative_error=error
-        )
+        self.row("cold image, int8 (torchao, eager)", times["int8"], baseline, ours, full / ours, relative_error=error)
 
     def hd(self) -> None:
         front, gpu = self.build(hd=True), self.device.type == "cuda"

@@ -25,6 +25,7 @@ from llava_mini_fast.bench.ceilings import Ceilings, cache_bytes, measure
 from llava_mini_fast.bench.judge import BASELINE_TOLERANCE, Judge, Run
 from llava_mini_fast.bench.shapes import Inputs, Shape, copied, kernel_shape, matches, select
 from llava_mini_fast.bench.timing import Timing, clock_of, interleave, machine
+from llava_mini_fast.device import choose_device
 from llava_mini_fast.ops import backend as backends
 
 CPU_FLOPS, CPU_BYTES = 60e9, 400e6
@@ -99,7 +100,7 @@ class Bench:
 
     def __init__(self, options: Options):
         self.options = options
-        self.device = _device(options.device)
+        self.device = choose_device(options.device)
         default = "bfloat16" if self.device.type == "cuda" else "float32"
         self.dtypes = [_dtype(name) for name in options.dtypes or (default,)]
         self.shapes = select(options.ops, options.shapes)
@@ -245,10 +246,6 @@ def round_count(cost: float, asked: int, budget: float) -> int:
     return max(1, min(asked, int(budget / cost)))
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def listing(options: Options) -> str:
     """What there is to run, with the least bytes (at float32) and the operations of each."""
     lines = [
@@ -272,12 +269,6 @@ def _dumped(result: dict[str, Any]) -> str:
 
 def _with_values(run: Run, inputs: Inputs) -> torch.Tensor:
     return baselines.values_of(run(inputs), inputs["module"])
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device here; --device cpu works everywhere.")
-    return torch.device(name)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -324,7 +315,7 @@ def red(result: dict[str, Any]) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     """The benchmark without typer and rich, which a bare GPU machine may lack: `python -m llava_mini_fast.bench.kernels`."""
     parser = argparse.ArgumentParser(description="`llava-mini bench kernels` for `make gpu`; the table is Markdown.")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=default_device())
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--dtype", action="append", default=[], help="may be repeated")
     parser.add_argument("--op", action="append", default=[], help="may be repeated")
     parser.add_argument("--shape", action="append", default=[], help="may be repeated")

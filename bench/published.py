@@ -62,7 +62,10 @@ class PublishedFrontEnd:
     @torch.inference_mode()
     def embed(self, prompt_ids: list[int], pixels: Tensor) -> Tensor:
         """pixels (T, V, 3, 336, 336), normalised, on any device -> fused rows (len(prompt_ids) - 1 + T * Q, H)."""
-        ids, pixels = torch.tensor(prompt_ids, device=self.front.device), pixels.to(self.front.device, non_blocking=True)
+        ids, pixels = (
+            torch.tensor(prompt_ids, device=self.front.device),
+            pixels.to(self.front.device, non_blocking=True),
+        )
         text = self.front.embed_text(ids.clamp(min=0)).to(self.front.dtype)
         vision, fused = zip(*(self._frame(views, ids, text) for views in pixels))
         mean = torch.stack(fused).float().mean(0).to(text.dtype) if len(fused) > 1 else fused[0]

@@ -27,6 +27,10 @@ app = typer.Typer(
 Engine = Literal["torch", "vllm"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 AnyDtype = Literal["float32", "bfloat16", "float16", "auto"]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option(help="Where the torch engine computes; auto takes CUDA where there is one. vLLM chooses by itself."),
+]
 Style = Literal["chat", "published"]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -86,6 +90,7 @@ def ask(
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that reach this probability.")
     ] = 1.0,
+    device: Device = "auto",
     dtype: Annotated[
         AnyDtype, typer.Option(help="What the model computes in; auto takes what the device does fast.")
     ] = "float32",
@@ -104,7 +109,7 @@ def ask(
         if heatmap is not None and (medium is None or engine == "vllm"):
             raise ValueError("--heatmap needs a picture or a clip, and the torch engine.")
         model = model or _demo()
-        loaded = _load(engine, model, dtype, max_tokens)
+        loaded = _load(engine, model, device, dtype, max_tokens)
         if stream and engine == "vllm":
             _say("--stream: vLLM's offline engine gives the whole answer at once, when it is done.")
         answer = loaded.ask(
@@ -174,6 +179,9 @@ def web(
         typer.Option(help="The served checkpoint, for heat maps, whose front end is loaded here; else the demo model."),
     ] = None,
     heatmap: Annotated[bool, typer.Option("--heatmap/--no-heatmap", help="Offer heat maps.")] = True,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where heat maps are computed; the server may need the GPU.")
+    ] = "cpu",
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port to listen on.")] = 7860,
     debug: Debug = False,
@@ -187,7 +195,7 @@ def web(
             from llava_mini_fast.demo import examples as found
 
             examples = found()
-        look = pages.looker(model or _demo()) if heatmap else None
+        look = pages.looker(model or _demo(), device) if heatmap else None
         typer.echo(f"the page: http://{host}:{port} (asks {endpoint})")
         pages.serve(pages.Endpoint(endpoint, api_key), host, port, look, examples)
 
@@ -201,6 +209,7 @@ def web(
 def verify(
     goldens: Annotated[Path, typer.Argument(metavar="GOLDENS_DIR", help="A directory with cases/*.json.")],
     engine: Annotated[Engine, typer.Option(help="torch compares fused rows and tokens, vllm tokens alone.")] = "torch",
+    device: Device = "auto",
     dtype: Annotated[Dtype | None, typer.Option(help="Run only the cases of this dtype.")] = None,
     json: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the results there too.")] = None,
     debug: Debug = False,
@@ -213,11 +222,14 @@ def verify(
         from llava_mini_fast.testing import goldens as table
         from llava_mini_fast.testing import verify as runner
 
+        _check_device(engine, device)
         with _progress(f"verify {goldens} ({engine})") as advance:
-            results = runner.verify(goldens, engine, dtype, progress=advance)
+            results = runner.verify(goldens, engine, dtype, advance, device)
         typer.echo(table.format_table(results))
         if json is not None:
-            json.write_text(runner.to_json(results, goldens=str(goldens), engine=engine), encoding="utf-8")
+            json.write_text(
+                runner.to_json(results, goldens=str(goldens), engine=engine, device=device), encoding="utf-8"
+            )
         if not runner.passed(results):
             raise typer.Exit(1)
 
@@ -236,6 +248,7 @@ def evaluate(
         str | None, typer.Argument(metavar="[MODEL]", help="A checkpoint directory or hub name; else the demo model.")
     ] = None,
     engine: Annotated[Engine, typer.Option(help="Which engine answers.")] = "torch",
+    device: Device = "auto",
     dtype: Annotated[AnyDtype, typer.Option(help="What the model computes in.")] = "float32",
     backend: Annotated[
         Literal["auto", "torch", "triton", "cuda", "cuda-cpu"],
@@ -261,12 +274,18 @@ def evaluate(
         tasks = exam.exam(questions, seed)
         options = {"backend": backend, "quantization": quantization} if engine == "torch" else {}
         name = model or _demo()
-        loaded = _load(engine, name, dtype, exam.MAX_TOKENS, **options)
+        loaded = _load(engine, name, device, dtype, exam.MAX_TOKENS, **options)
         with _bar(f"eval ({engine}, {dtype})", len(tasks)) as advance:
             result = exam.examine(loaded, tasks, progress=advance)
         _print_table(("kind", "right", "majority", "questions"), exam.table(result))
         if json is not None:
-            said = {"model": model or "demo", "engine": engine, "dtype": dtype, "seed": seed} | options
+            said = {
+                "model": model or "demo",
+                "engine": engine,
+                "device": device,
+                "dtype": dtype,
+                "seed": seed,
+            } | options
             json.write_text(result.to_json(**said), encoding="utf-8")
 
 
@@ -391,8 +410,8 @@ def kernels(
         typer.Option(metavar="NAME", help='Only shapes of this name or with this part, as "text60"; may be repeated.'),
     ] = None,
     device: Annotated[
-        Literal["cpu", "cuda"] | None, typer.Option(help="Where to run; without it CUDA where there is one.")
-    ] = None,
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run; auto takes CUDA where there is one.")
+    ] = "auto",
     dtype: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="May be repeated; without it float32 on a CPU and bfloat16 on CUDA."),
@@ -425,9 +444,7 @@ def kernels(
         from llava_mini_fast.bench import kernels as runner
         from llava_mini_fast.bench import report
 
-        options = runner.Options(
-            op or (), shape or (), device or runner.default_device(), dtype or (), backend or (), rounds, compiled
-        )
+        options = runner.Options(op or (), shape or (), device, dtype or (), backend or (), rounds, compiled)
         if listed:
             typer.echo(runner.listing(options))
             return
@@ -478,8 +495,14 @@ def _demo() -> str:
     return directory
 
 
-def _load(engine: str, model: str, dtype: str, max_tokens: int, **options: Any) -> Any:
+def _check_device(engine: str, device: str) -> None:
+    if engine == "vllm" and device != "auto":
+        raise ValueError("--device is the torch engine's; vLLM runs on what it was built for.")
+
+
+def _load(engine: str, model: str, device: str, dtype: str, max_tokens: int, **options: Any) -> Any:
     """An engine; `options` are more of `llava_mini_fast.load`'s, for torch alone."""
+    _check_device(engine, device)
     with _status(f"loading {model}"):
         if engine == "vllm":
             from llava_mini_fast.vllm_plugin.offline import OfflineEngine
@@ -487,7 +510,7 @@ def _load(engine: str, model: str, dtype: str, max_tokens: int, **options: Any) 
             return OfflineEngine(model, dtype, max_tokens)
         import llava_mini_fast as lmf
 
-        return lmf.load(model, dtype=dtype, **options)
+        return lmf.load(model, device, dtype, **options)
 
 
 def _console(stderr: bool = False) -> Any:

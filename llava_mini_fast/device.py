@@ -23,7 +23,9 @@ def choose_device(name: str | torch.device) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:
             reason = "no GPU or no driver" if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
-            raise ValueError(f"device is {str(name)!r}, and torch finds no CUDA device here: {reason}. cpu works everywhere.")
+            raise ValueError(
+                f"device is {str(name)!r}, and torch finds no CUDA device here: {reason}. cpu works everywhere."
+            )
         if (device.index or 0) >= count:
             raise ValueError(f"device is {str(name)!r}, and there are {count} CUDA devices here, from cuda:0 on.")
     return device

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from llava_mini_fast import checkpoint
 from llava_mini_fast.config import LlavaMiniConfig
+from llava_mini_fast.device import choose_device
 from llava_mini_fast.fusion import FusionFrontEnd
 from llava_mini_fast.media import Media
 from llava_mini_fast.ops.backend import resolve
@@ -26,7 +27,7 @@ from llava_mini_fast.preprocess import prompt as prompts
 
 def load(
     path: str | os.PathLike[str],
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     dtype: str = "float32",
     backend: str = "auto",
     *,
@@ -36,16 +37,17 @@ def load(
 
     Args:
         path: a checkpoint directory or a hub name.
-        device: a torch device, such as "cpu" or "cuda".
+        device: "cpu", "cuda", "cuda:1" (a torch.device is taken too), or "auto" for CUDA where there is one.
         dtype: "float32", "float16", "bfloat16" (a torch.dtype is taken too), or "auto" for what the device does fast.
         backend: which kernels run the front end's ops: "auto", "torch", "triton" or "cuda" (ops/backend.py).
         quantization: "int8" for int8 weights in every linear layer but the last (torchao), or None.
 
     Raises:
         FileNotFoundError: no such checkpoint, or no weights in it.
-        ValueError: another model's config; missing, misshapen or truncated weights; an unknown dtype, backend or quantization.
+        ValueError: another model's config; missing, misshapen or truncated weights; a device that is not here; an unknown
+            dtype, backend or quantization.
     """
-    torch_device = torch.device(device)
+    torch_device = choose_device(device)
     chosen, _ = choose_dtype(dtype, torch_device)
     resolve(backend, torch_device)  # before minutes of loading
     directory = checkpoint.resolve(path)

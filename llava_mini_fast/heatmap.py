@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llava_mini_fast import checkpoint
 from llava_mini_fast.config import IMAGE_SIZE, LlavaMiniConfig
+from llava_mini_fast.device import choose_device
 from llava_mini_fast.fusion import FusionFrontEnd
 from llava_mini_fast.media import Media
 from llava_mini_fast.model.vision_tower import grid_of_tiles
@@ -34,11 +35,13 @@ class Front:
     config: LlavaMiniConfig
 
 
-def load_front(path: str) -> Front:
-    """A checkpoint's front end without its language model, in float32 on the CPU. Errors as `llava_mini_fast.load`."""
+def load_front(path: str, device: str | torch.device = "cpu") -> Front:
+    """A checkpoint's front end without its language model, in float32. `device` and errors as in `llava_mini_fast.load`."""
+    where = choose_device(device)
     directory = checkpoint.resolve(path)
     config = checkpoint.read_config(directory)
-    front = FusionFrontEnd(config, lambda ids: torch.zeros(len(ids), config.hidden_size))
+    with where:
+        front = FusionFrontEnd(config, lambda ids: torch.zeros(len(ids), config.hidden_size))
     front.requires_grad_(False).eval()
     front.load_weights(checkpoint.front_end_weights(directory, config))
     return Front(front, config)

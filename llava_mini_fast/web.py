@@ -161,13 +161,19 @@ def serve(
     blocks.queue().launch(server_name=host, server_port=port, allowed_paths=allowed, share=False, show_error=False)
 
 
-def looker(model: str) -> Callable[[str], Any]:
-    """A function that draws heat maps with a checkpoint's front end, which is loaded at its first call."""
+def looker(model: str, device: str = "cpu") -> Callable[[str], Any]:
+    """A function that draws heat maps with a checkpoint's front end, which is loaded at its first call.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
     from functools import cache
 
+    from llava_mini_fast.device import choose_device
     from llava_mini_fast.heatmap import heatmap, load_front
 
-    loaded = cache(lambda: load_front(model))
+    where = choose_device(device)
+    loaded = cache(lambda: load_front(model, where))
     return lambda path: heatmap(loaded(), guess(path))
 
 

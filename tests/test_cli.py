@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import llava_mini_fast as lmf
@@ -157,6 +158,20 @@ def test_ask_refuses_models_and_values_with_a_sentence(invoke, tmp_path):
     assert failed(invoke("ask", "-", "?", "--model", tmp_path), "config.json")
     assert failed(invoke("ask", "-", "what is <image>?"), "<image>")
     assert failed(invoke("ask", "-", "?", "--top-p", 0), "top_p above 0")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+@pytest.mark.parametrize(
+    "command", [["ask", "-", "?"], ["eval"], ["verify", GOLDENS], ["web"], ["bench", "kernels"]], ids=lambda c: c[0]
+)
+def test_a_device_that_is_not_here_is_a_sentence(invoke, command):
+    assert failed(invoke(*command, "--device", "cuda"), "torch finds no CUDA device here", "cpu works everywhere")
+
+
+def test_vllm_takes_no_device(invoke):
+    for command in (["ask", "-", "?"], ["eval"], ["verify", GOLDENS]):
+        refused = invoke(*command, "--engine", "vllm", "--device", "cpu")
+        assert failed(refused, "--device is the torch engine's")
 
 
 def test_debug_shows_the_traceback(invoke, tmp_path):

@@ -6,9 +6,11 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llava_mini_fast.device import choose_device
 from llava_mini_fast.testing.checkpoints import cached
 from llava_mini_fast.testing.goldens import Case, Result, Row, load_cases, run, summary
 
@@ -22,6 +24,7 @@ def verify(
     engine: str = "torch",
     dtype: str | None = None,
     progress: Callable[[Result, int], None] | None = None,
+    device: str = "cpu",
 ) -> list[Result]:
     """Judge every row of every case.
 
@@ -30,16 +33,18 @@ def verify(
         engine: "torch" compares fused rows and tokens, "vllm" tokens, one engine a checkpoint in this process.
         dtype: run only the cases of this dtype; the others are listed. None: every case in its own.
         progress: called with every result as it comes and the number of results in all.
+        device: of the torch engine, as in `llava_mini_fast.load`.
 
     Returns:
         One result a row, in the order of the cases' names.
 
     Raises:
         FileNotFoundError: the directory has no cases.
-        ValueError: an unknown engine.
+        ValueError: an unknown engine, or a device that is not here.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, not {engine!r}.")
+    where = choose_device(device)
     cases = load_cases(directory)
     total = sum(len(case.rows) + bool(case.problem) for case in cases)
 
@@ -55,7 +60,7 @@ def verify(
         warnings.filterwarnings("ignore", message=".* rows are cut at tokenizer_model_max_length")
         return run(
             cases,
-            _load_torch if engine == "torch" else _load_vllm,
+            partial(_load_torch, where) if engine == "torch" else _load_vllm,
             None if progress is None else lambda result: progress(result, total),
             skip,
         )
@@ -72,10 +77,10 @@ def to_json(results: list[Result], **about: Any) -> str:
     return json.dumps({**about, "passed": passed(results), "summary": summary(results), "results": rows}, indent=2)
 
 
-def _load_torch(directory: Path, dtype: str) -> Any:
+def _load_torch(device: Any, directory: Path, dtype: str) -> Any:
     import llava_mini_fast as lmf
 
-    return lmf.load(directory, dtype=dtype)
+    return lmf.load(directory, device, dtype)
 
 
 def _load_vllm(directory: Path, dtype: str) -> Any:
