@@ -48,7 +48,7 @@ help:
 	echo "make run     answer questions about a picture and a clip of examples/ in one offline vLLM batch"
 	echo "make test    run the tests (under 15 minutes)"
 	echo "make check   run everything: the slow tests too, and the goldens through both engines"
-	echo "make gpu     on a machine with a CUDA device: build, test, tune and time the kernels (without $(VENV), in PYTHON's environment)"
+	echo "make gpu     on a machine with a CUDA device: build, then a GPU day and the tests (without $(VENV), in PYTHON's environment)"
 	echo "make clean   remove $(VENV), caches and build products"
 	echo
 	echo "PYTHON=python3.12 chooses the interpreter (3.11 to 3.13) that $(VENV) is made with."
@@ -119,32 +119,29 @@ check: $(STAMP)
 	fi
 	echo "make check: all passed in $$SECONDS s"
 
-# Asks for nothing to be installed and for no network: a GPU machine comes with torch, Triton and nvcc, and often with no more.
+# For a machine with nvcc; one that has minutes only takes along what it needs: python -m llava_mini_fast.bench.gpuday.pack
 gpu:
 	failed() { echo "make $@: failed: $$*"; exit 1; }
 	python=$(PYTHON); if [[ -x $(BIN)/python ]]; then python=$(BIN)/python; fi
 	command -v "$$python" >/dev/null || failed "there is no $$python; say make gpu PYTHON=path"
-	missing=$$("$$python" -c 'from importlib.util import find_spec as f; print(*(m for m in ("torch", "triton", "pytest", "pip", "setuptools") if not f(m)))')
+	missing=$$("$$python" -c 'from importlib.util import find_spec as f; print(*(m for m in ("torch", "triton", "pytest", "pip") if not f(m)))')
 	[[ -z $$missing ]] || failed "$$python lacks $${missing// /, }"
 	"$$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
 		failed "torch finds no CUDA device here; this target is for machines that have one"
 	device=$$("$$python" -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))')
 	# setup.py calls cmake by name, and an environment that is not active has its own beside its python
 	PATH=$$(dirname "$$(command -v "$$python")"):$$PATH
-	cuda=1; without=""; absent=()
-	for tool in cmake ninja; do command -v $$tool >/dev/null || absent+=($$tool); done
-	"$$python" -c 'import pybind11' 2>/dev/null || absent+=(pybind11)
-	if (( $${#absent[@]} )); then cuda=0; without=" without the CUDA kernels, which take $${absent[*]} to build"; fi
-	echo "installing with $$python, for $$device$$without"
-	LLAVA_MINI_CUDA=$$cuda "$$python" -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e . ||
+	# what the build takes is there, or comes from the network
+	isolation=(--no-build-isolation)
+	for tool in cmake ninja; do command -v $$tool >/dev/null || isolation=(); done
+	"$$python" -c 'import pybind11, setuptools' 2>/dev/null || isolation=()
+	echo "installing with $$python, for $$device"
+	LLAVA_MINI_CUDA=1 "$$python" -m pip install --disable-pip-version-check --no-deps "$${isolation[@]}" -e . ||
 		failed "the build, see above"
-	"$$python" -m pytest -m gpu || failed "tests on the device, so nothing was tuned or timed"
-	"$$python" -m llava_mini_fast.bench.tune || failed "tuning"
-	"$$python" -m pytest -m gpu || failed "tests on the device with the tuned settings, so nothing was timed"
-	result=bench/results/kernels-$$device
-	"$$python" -m llava_mini_fast.bench.kernels --device cuda --dtype bfloat16 --dtype float16 --dtype float32 \
-		--json "$$result.json" --markdown "$$result.md" --plot "$$result.svg" || failed "the benchmark"
-	echo "make gpu: all passed in $$SECONDS s$$without; commit triton_kernels/tuned.json and $$result.*"
+	"$$python" -m llava_mini_fast.bench.gpuday --out build/gpuday-results || failed "the GPU day, see above; its results are in build/gpuday-results"
+	cp build/gpuday-results/gpuday.json bench/results/gpuday-$$device.json
+	"$$python" -m pytest -m gpu || failed "tests on the device"
+	echo "make gpu: all passed in $$SECONDS s; commit bench/results/gpuday-$$device.json and, for faster kernels, build/gpuday-results/tuned.json as triton_kernels/tuned.json"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

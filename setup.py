@@ -87,7 +87,11 @@ class BuildKernels(build_ext):
 
 
 setup(
-    packages=find_packages(include=["llava_mini_fast", "llava_mini_fast.*"]) + list(rooms),
+    packages=[
+        *find_packages(include=["llava_mini_fast", "llava_mini_fast.*"]),
+        *rooms,
+        "llava_mini_fast.bench.gpuday",
+    ],
     package_dir={"llava_mini_fast": "llava_mini_fast", **rooms},
     # `depends` is what a source distribution takes along
     ext_modules=[Extension("llava_mini_fast._cuda", sources=[], depends=["CMakeLists.txt", *kernel_sources])],

@@ -137,7 +137,7 @@ class Bench:
             for row in rows:
                 row.why = why
             return rows
-        inputs = copied(shape.make(dtype), self.device)
+        inputs = shape.make(dtype, self.device)
         judge, runs = Judge(shape.op, inputs, dtype), {}
         for row in rows:
             run = partial(baselines.call, shape.op, backend=row.backend)

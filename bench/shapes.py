@@ -267,6 +267,19 @@ SHAPES: tuple[Shape, ...] = (
 )
 OPS = tuple(dict.fromkeys(shape.op for shape in SHAPES))
 
+_TINY = Model("tiny", 96, 4, 2)
+SMALL: tuple[Shape, ...] = (
+    compressor_attention("small", 2, 36, 4, width=64),
+    causal_attention("small", _TINY, 3, 9, 9, head_dim=32),
+    causal_attention("small-last", _TINY, 2, 9, 2, head_dim=32),
+    prefix_attention("small", _TINY, 7, [3, 0, 1, 4], [1, 0, 0, 1], head_dim=32),
+    rms_norm("small", 600, hidden=64),
+    rope("small", _TINY, 5, head_dim=32),
+    swiglu("small", 96, 5),
+    add_frames("small", 3, 4, hidden=64),
+)
+"""Every op at a size that Triton's interpreter and compute-sanitizer bear."""
+
 
 def matches(name: str, shape: Shape) -> bool:
     """Whether `name` is a shape's name or one or more of its parts: "text20" is in "text20-llama", not in "text2000-llama"."""

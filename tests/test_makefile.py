@@ -106,17 +106,20 @@ def test_gpu_without_a_device_or_packages_is_a_sentence(tmp_path):
 
 
 def test_gpu_takes_its_steps_in_order(tmp_path):
-    """With a python that only says what it is asked to run, on a machine that lacks what the CUDA build takes."""
-    python = tmp_path / "python"
-    answers = (
-        '*find_spec*|*is_available*) ;; *get_device_name*) echo a-card ;; *pybind11*) exit 1 ;; *) echo "ran $*" ;;'
-    )
+    """With a python that only says what it is asked to run; a build, a day, the tests, and the result where it is committed."""
+    for name in ("Makefile", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    python, day = tmp_path / "python", tmp_path / "build" / "gpuday-results"
+    day.mkdir(parents=True)
+    (day / "gpuday.json").write_text("{}")
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    answers = '*find_spec*|*is_available*|*pybind11*) ;; *get_device_name*) echo a-card ;; *) echo "ran $LLAVA_MINI_CUDA $*" ;;'
     python.write_text(f'#!/bin/sh\ncase "$*" in {answers} esac\n')
     python.chmod(0o755)
-    result = make("gpu", f"PYTHON={python}", f"VENV={tmp_path / 'none'}")
+    result = make("gpu", f"PYTHON={python}", cwd=tmp_path)
     assert result.returncode == 0, result.stdout
     ran = [line.split("-m ")[1].split()[0] for line in result.stdout.splitlines() if line.startswith("ran ")]
-    assert ran == ["pip", "pytest", "llava_mini_fast.bench.tune", "pytest", "llava_mini_fast.bench.kernels"]
-    assert "--json bench/results/kernels-a-card.json" in result.stdout
-    last = result.stdout.splitlines()[-1]
-    assert last.startswith("make gpu: all passed") and "without the CUDA kernels" in last
+    assert ran == ["pip", "llava_mini_fast.bench.gpuday", "pytest"]
+    assert "ran 1 -m pip" in result.stdout  # the CUDA kernels or nothing
+    assert (tmp_path / "bench" / "results" / "gpuday-a-card.json").read_text() == "{}"
+    assert result.stdout.splitlines()[-1].startswith("make gpu: all passed")

@@ -18,17 +18,7 @@ from llava_mini_fast.bench.judge import Judge
 from llava_mini_fast.bench.timing import Timing
 from llava_mini_fast.cli import app
 
-TINY = shapes.Model("tiny", 96, 4, 2)
-SMALL = (
-    shapes.compressor_attention("small", 2, 36, 4, width=64),
-    shapes.causal_attention("small", TINY, 3, 9, 9, head_dim=32),
-    shapes.causal_attention("small-last", TINY, 2, 9, 2, head_dim=32),
-    shapes.prefix_attention("small", TINY, 7, [3, 0, 1, 4], [1, 0, 0, 1], head_dim=32),
-    shapes.rms_norm("small", 600, hidden=64),
-    shapes.rope("small", TINY, 5, head_dim=32),
-    shapes.swiglu("small", 96, 5),
-    shapes.add_frames("small", 3, 4, hidden=64),
-)
+SMALL = shapes.SMALL
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -253,7 +243,10 @@ def test_tuning_keeps_what_is_clearly_faster():
 
 
 def test_the_tuned_table_is_written_as_launch_reads_it(tmp_path):
-    table = {"swiglu sm90 bfloat16 width=14336": {"BLOCK": 1024}, "rope sm90 bfloat16 head_dim=128": {"num_warps": 2}}
+    table = {
+        "swiglu nvidia-h200 bfloat16 width=14336": {"BLOCK": 1024},
+        "rope nvidia-h200 bfloat16 head_dim=128": {"num_warps": 2},
+    }
     tune.write(tmp_path / "tuned.json", table)
     assert json.loads((tmp_path / "tuned.json").read_text()) == table
     tune.write(tmp_path / "tuned.json", {})
@@ -292,7 +285,7 @@ tuner.device, tune.event_clock, tune.cache_bytes = torch.device("cpu"), wall_clo
 tune.ROUNDS = tune.CALLS = 1
 tune.CHOICES["swiglu"] = {"BLOCK": (16, 32, 48), "num_warps": (1,)}
 ((key, found),) = tuner.keys([shapes.swiglu("a", 32, 2), shapes.swiglu("b", 32, 3)]).items()
-assert key == "swiglu sm80 float32 width=32" and [shape.name for shape in found] == ["a", "b"]
+assert key == "swiglu interpreter float32 width=32" and [shape.name for shape in found] == ["a", "b"]
 seen = []
 tune.best = lambda seconds, own: seen.append((sorted(seconds), len(own))) or 1
 assert tuner.row(key, found) == {"BLOCK": 32, "num_warps": 1}

@@ -1,0 +1,1 @@
+"""A day on a GPU in nine minutes: `python -m llava_mini_fast.bench.gpuday --help`."""
