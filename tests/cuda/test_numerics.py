@@ -1,5 +1,5 @@
 """Every CUDA kernel against the specification by the numerics law, at awkward shapes: on the CPU under several schedules of its
-threads, and on a device where there is one. The kernels of test_twins.py must fail the same checks.
+threads, and marked `gpu` on a device. The kernels of test_twins.py must fail the same checks.
 """
 
 import pytest
@@ -25,8 +25,8 @@ def place(request, poisoned):
     if request.param == "cuda-cpu":
         request.getfixturevalue("cuda_cpu_library")
         return "cuda-cpu", "cpu"
-    if cuda.missing():
-        pytest.skip(cuda.missing())
+    if reason := cuda.missing():
+        pytest.fail(f"{reason}.", pytrace=False)
     return "cuda", "cuda"
 
 

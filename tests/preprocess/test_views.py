@@ -67,7 +67,6 @@ def test_normalize_is_clips_on_a_picture():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_normalize_is_the_same_on_a_gpu():
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, 16, 16)
     assert torch.equal(normalize(pixels.cuda()).cpu(), normalize(pixels))

@@ -3,12 +3,12 @@
 import asyncio
 import socket
 
-import aiohttp
 import pytest
 
 from llava_mini_fast.preprocess.limits import MediaError
 from llava_mini_fast.testing.serving import bomb, data_url, picture, png
 
+aiohttp = pytest.importorskip("aiohttp", reason="the server is vLLM's")
 vllm = pytest.importorskip("vllm", reason="the server is vLLM's")
 connector = pytest.importorskip("llava_mini_fast.server.connector")
 

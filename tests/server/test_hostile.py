@@ -9,13 +9,14 @@ import urllib.request
 from fractions import Fraction
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
 import llava_mini_fast as lmf
 from llava_mini_fast.preprocess.prompt import LLAMA_SYSTEM
 from llava_mini_fast.testing.serving import MODEL, about, bomb, clip, data_url, mp4_bomb, picture, png
+
+psutil = pytest.importorskip("psutil", reason="the server is vLLM's")
 
 FORBIDDEN = re.compile(
     r"/\w+/\w+|0x[0-9a-f]{4}|Traceback|\bobject at\b|\d+\.\d+\.\d+\.\d+|localhost|passwd|[<{]\w+[ '\"]"

@@ -1,10 +1,13 @@
 """The image cache's counters, as Prometheus reads them."""
 
+import pytest
 import torch
-from prometheus_client import REGISTRY
 
 import llava_mini_fast as lmf
-from llava_mini_fast.vllm_plugin import metrics
+
+REGISTRY = pytest.importorskip("prometheus_client", reason="the metrics are vLLM's").REGISTRY
+
+from llava_mini_fast.vllm_plugin import metrics  # noqa: E402
 
 
 def value(name):
