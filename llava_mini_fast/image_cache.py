@@ -160,7 +160,7 @@ class ImageCache:
             self.stats.host_evictions += 1
         entry = []
         for source in (self.state[slot], self.vision[slot]):
-            copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=self._pin)
+            copy = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=self._pin)
             # one stream does all copies and all kernels, so a slot is never overwritten before it is read
             entry.append(copy.copy_(source, non_blocking=self._pin))
         self._host[digest] = (entry[0], entry[1])
