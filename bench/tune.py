@@ -1,7 +1,7 @@
 """Time the Triton kernels' settings on the CUDA device at hand and keep the best: `python -m llava_mini_fast.bench.tune`.
 
 The result, triton_kernels/tuned.json, is read by `triton_kernels.launch.tuned`: only what beats a kernel's own choice by
-`GAIN` is written, so that noise writes nothing. Entries of other architectures stay.
+`GAIN` is written, so that noise writes nothing. Entries of other cards stay.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from llava_mini_fast.bench import baselines
 from llava_mini_fast.bench.ceilings import cache_bytes
 from llava_mini_fast.bench.judge import Judge
 from llava_mini_fast.bench.kernels import rotation
-from llava_mini_fast.bench.shapes import OPS, Shape, copied, select
-from llava_mini_fast.bench.timing import event_clock, interleave
+from llava_mini_fast.bench.shapes import OPS, SHAPES, Shape, copied, select
+from llava_mini_fast.bench.timing import clock_of, interleave
 
 Settings = dict[str, int]
 GAIN = 1.03
@@ -34,18 +34,31 @@ CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "rope": {"BLOCK_HEADS": (4, 8, 16, 32), "num_warps": (1, 2, 4, 8)},
     "swiglu": {"BLOCK": (512, 1024, 2048, 4096), "num_warps": (2, 4, 8)},
     "add_frames": {"BLOCK": (256, 512, 1024), "STAGES": (2, 4, 8), "num_warps": (2, 4, 8)},
-    "causal_attention": {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "STAGES": (2, 3, 4), "num_warps": (4, 8)},
-    "prefix_attention": {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "STAGES": (2, 3, 4), "num_warps": (4, 8)},
-    "compressor_attention": {"BLOCK_M": (16, 32), "BLOCK_N": (16, 32), "STAGES": (2, 3, 4), "num_warps": (4, 8)},
+    "causal_attention": {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "STAGES": (2, 3)},
+    "prefix_attention": {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "STAGES": (2, 3)},
+    "compressor_attention": {"BLOCK_M": (16,), "BLOCK_N": (16, 32), "STAGES": (2, 3, 4), "num_warps": (4, 8)},
 }
-"""Op -> the values to try for each of its kernel's settings, in every combination."""
+"""Op -> the values to try for each of its kernel's settings, in every combination. An attention's warps follow from its
+tile; 32 queries of a compressor spill at width 1024."""
+_DAY = {
+    "prefix_attention": ("text60-llama", "video32-text60-llama", "second-questions8-llama"),
+    "compressor_attention": ("image-q1", "hd-q64"),
+    "rms_norm": ("text60", "video8"),
+    "rope": ("text60-llama", "video8-llama"),
+    "swiglu": ("text60-llama", "video8-llama"),
+}
+DAY = tuple(shape for shape in SHAPES if shape.name in _DAY.get(shape.op, ()))
+"""The shapes that matter most to Llama-3.1-8B: what to tune where a device is lent for minutes."""
 
 
 def candidates(op: str) -> Iterator[Settings]:
-    """Every combination of an op's choices."""
+    """Every combination of an op's choices. An attention has a warp for 16 queries, as many as one MMA takes."""
     names = CHOICES[op]
     for values in product(*names.values()):
-        yield dict(zip(names, values))
+        settings = dict(zip(names, values))
+        if "num_warps" not in names:
+            settings["num_warps"] = settings["BLOCK_M"] // 16
+        yield settings
 
 
 class Asked(dict):
@@ -60,41 +73,48 @@ class Asked(dict):
         return super().get(key, default)
 
 
-def best(seconds: Mapping[int, list[float]], own: list[float]) -> int | None:
-    """The candidate whose geometric mean over shapes beats the kernel's own choice by `GAIN`, or None.
+def best(seconds: Mapping[int, list[float]], own: list[float]) -> tuple[int | None, float]:
+    """The fastest candidate and how many times as fast it is as the kernel's own choice, by the geometric mean over shapes.
+
+    The candidate is None where that is less than `GAIN`.
 
     Args:
         seconds: candidate -> its median at each shape.
         own: the same for the kernel's own choice.
     """
-    gains = {i: sum(math.log(a / b) for a, b in zip(own, times)) / len(own) for i, times in seconds.items()}
+    gains = {i: math.exp(sum(math.log(a / b) for a, b in zip(own, times)) / len(own)) for i, times in seconds.items()}
     winner = max(gains, key=gains.__getitem__, default=None)
-    return winner if winner is not None and gains[winner] > math.log(GAIN) else None
+    if winner is None:
+        return None, 1.0
+    return (winner if gains[winner] > GAIN else None), gains[winner]
 
 
 class Tuner:
     """Measures one row of the table at a time. `launch` is triton_kernels.launch, whose table it sets."""
 
-    def __init__(self, launch: Any, dtype: torch.dtype):
-        self.launch, self.dtype, self.device = launch, dtype, torch.device("cuda")
+    def __init__(self, launch: Any, dtype: torch.dtype, device: torch.device | str = "cuda"):
+        self.launch, self.dtype, self.device = launch, dtype, torch.device(device)
 
     def keys(self, shapes: list[Shape]) -> dict[str, list[Shape]]:
         """Row of the table -> the shapes that read it. Runs each shape once; a kernel may refuse some."""
         found: dict[str, list[Shape]] = {}
         for shape in shapes:
             self.launch.TABLE = asked = Asked(self.launch.TABLE)
-            inputs = copied(shape.make(self.dtype), self.device)
+            inputs = shape.make(self.dtype, self.device)
             baselines.call(shape.op, inputs, "triton")
             for key in dict.fromkeys(asked.keys_asked):
                 found.setdefault(key, []).append(shape)
         return found
 
-    def row(self, key: str, shapes: list[Shape]) -> Settings | None:
-        """The settings worth keeping in a row, or None for the kernel's own. Both attentions may read one row."""
+    def row(self, key: str, shapes: list[Shape]) -> tuple[Settings | None, float]:
+        """The settings worth keeping in a row, or None for the kernel's own, and the gain of the best that were tried.
+
+        Both attentions may read one row.
+        """
         choices = list(candidates(shapes[0].op))
         own, seconds = [], {i: [] for i in range(len(choices))}
         for shape in shapes:
-            inputs = copied(shape.make(self.dtype), self.device)
+            inputs = shape.make(self.dtype, self.device)
             judge, run = Judge(shape.op, inputs, self.dtype), partial(baselines.call, shape.op, backend="triton")
             count = rotation(shape.bytes(self.dtype), cache_bytes(self.device))
             copies = cycle([copied(inputs, self.device) for _ in range(count)])
@@ -103,13 +123,13 @@ class Tuner:
             timed = interleave(
                 {str(i): partial(self._repeat, run, key, settings, copies) for i, settings in runs.items()},
                 ROUNDS,
-                clock=event_clock,
+                clock=clock_of(self.device),
             )
             own.append(timed["-1"].median)
             # what fails at one shape is out for all that read the row
             seconds = {i: [*seconds[i], timed[str(i)].median] for i in usable}
-        winner = best(seconds, own)
-        return None if winner is None else choices[winner]
+        winner, gain = best(seconds, own)
+        return (None if winner is None else choices[winner]), gain
 
     def _works(self, judge: Judge, run: Any, key: str, settings: Settings) -> bool:
         # red too where it can't be launched: too many registers, too much shared memory, a tile that the kernel can't have
@@ -129,11 +149,11 @@ def write(path: Path, table: Mapping[str, Settings]) -> None:
 
 
 @torch.no_grad()
-def tune(ops: list[str], names: list[str], dtypes: list[str]) -> dict[str, Settings]:
+def tune(shapes: list[Shape], dtypes: list[str]) -> dict[str, Settings]:
     """The whole table after tuning, which is also written where `launch` reads it.
 
     Raises:
-        ValueError: no CUDA device, no Triton, or an op or shape that there is not.
+        ValueError: no CUDA device, or no Triton.
     """
     from llava_mini_fast.ops.backend import unavailable
 
@@ -146,13 +166,13 @@ def tune(ops: list[str], names: list[str], dtypes: list[str]) -> dict[str, Setti
     table = dict(launch.TABLE)
     for dtype in dtypes:
         tuner = Tuner(launch, getattr(torch, dtype))
-        for key, shapes in tuner.keys(select(ops, names)).items():
-            chosen = tuner.row(key, shapes)
+        for key, found in tuner.keys(shapes).items():
+            chosen, gain = tuner.row(key, found)
             table.pop(key, None)
             if chosen:
                 table[key] = chosen
             launch.TABLE = dict(table)
-            print(f"{key}: {chosen or 'as it was'}", flush=True)
+            print(f"{key}: {chosen or 'as it was'} ({gain:.2f})", flush=True)
             # a row at a time, so that a run that is cut off leaves what it has measured
             write(launch.TUNED, table)
     return table
@@ -167,9 +187,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--dtype", action="append", choices=["float32", "float16", "bfloat16"], help="(default: bfloat16)"
     )
+    parser.add_argument("--day", action="store_true", help="of these only the shapes that matter most to Llama-3.1-8B")
     args = parser.parse_args(argv)
     try:
-        table = tune(args.op, args.shape, args.dtype or ["bfloat16"])
+        shapes = [shape for shape in select(args.op, args.shape) if not args.day or shape in DAY]
+        table = tune(shapes, args.dtype or ["bfloat16"])
     except ValueError as error:
         sys.exit(f"tune: {error}")
     print(f"tune: {len(table)} rows in triton_kernels/tuned.json")

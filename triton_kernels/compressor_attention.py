@@ -19,8 +19,9 @@ from llava_mini_fast.ops.library import define
 from llava_mini_fast.triton_kernels.launch import (
     FUSION,
     NAMESPACE,
-    architecture,
+    NO_CARD,
     cdiv,
+    hardware,
     on_device,
     power_of_2,
     processors,
@@ -30,19 +31,20 @@ from llava_mini_fast.triton_kernels.launch import (
 MAX_WIDTH = 1024
 
 
-@triton.jit
+# one binary for any number of frames, which decides the splits
+@triton.jit(do_not_specialize=["splits"])
 def compressor_attention_kernel(
     features, weight, bias, pooled, partial, partial_top, partial_total, scores,
     stride_xf, stride_xn, stride_wm, stride_bm, queries, rows, width, eps, split_rows, splits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
-    SPLIT: tl.constexpr, KEEP_SCORES: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, SPLIT: tl.constexpr, KEEP_SCORES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (block of queries, split of rows, frame); with SPLIT the sums go to partial, unnormalised."""
     split, frame = tl.program_id(1), tl.program_id(2).to(tl.int64)
     query = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     real = query < queries
     column = tl.arange(0, BLOCK_D)
-    inside = column < width
+    inside = tl.full((BLOCK_D,), True, tl.int1) if WHOLE else column < width
     features += frame * stride_xf
 
     dtype: tl.constexpr = features.dtype.element_ty
@@ -108,7 +110,7 @@ def compressor_attention_kernel(
     tl.store(target + place[:, None] * width + column[None, :], acc, mask=real[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine_kernel(
     partial, partial_top, partial_total, pooled, queries, width, splits,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -144,7 +146,16 @@ def softmax_kernel(scores, rows, BLOCK: tl.constexpr):
     tl.store(place, weight / tl.sum(weight, 0), mask=inside)
 
 
-def config(frames: int, queries: int, rows: int, width: int, dtype: torch.dtype, arch: int) -> dict[str, int]:
+def config(
+    frames: int,
+    queries: int,
+    rows: int,
+    width: int,
+    dtype: torch.dtype,
+    arch: int,
+    card: str = NO_CARD,
+    return_weights: bool = False,
+) -> dict[str, int]:
     """Tiles, and the rows of a split.
 
     Queries: 16, the least that the tensor cores take, and as much as 8 warps can hold at width 1024: 16 x 1024 float32
@@ -152,13 +163,15 @@ def config(frames: int, queries: int, rows: int, width: int, dtype: torch.dtype,
     (the compile gate showed it). Up to width 512 there is room for 32.
     Rows: 16 a tile, 32 KiB of features at width 1024 in 16 bits. For M = 8, where only memory counts, four stages in
     flight, three on sm_80 with its smaller shared memory; two where the weights are the bottleneck or float32 doubles
-    the bytes.
+    the bytes, and no pipeline where scores are kept in 16 bits (heat maps alone), which would spill with Triton 3.6.
     Splits: enough programs for two on every multiprocessor, but two tiles each at the least, or partial sums
     (M x D float32 a split) would outweigh the features.
     """
     block_m = 32 if queries > 16 and width <= 512 and dtype != torch.float32 else 16
     block_n = 16
     stages = 2 if dtype == torch.float32 or queries > 16 else (3 if arch < 90 else 4)
+    if return_weights and dtype != torch.float32:
+        stages = 1
     tiles = cdiv(rows, block_n)
     others = frames * cdiv(queries, block_m)
     splits = max(1, min(cdiv(2 * processors(arch), others), tiles // 2, 64))
@@ -166,7 +179,7 @@ def config(frames: int, queries: int, rows: int, width: int, dtype: torch.dtype,
         "BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "num_warps": 8,
         "split_rows": cdiv(tiles, splits) * block_n,
     }  # fmt: skip
-    return tuned(defaults, "compressor_attention", arch, dtype, queries=queries, rows=rows, width=width)
+    return tuned(defaults, "compressor_attention", card, dtype, queries=queries, rows=rows, width=width)
 
 
 def run(features: Tensor, weight: Tensor, bias: Tensor, eps: float, return_weights: bool) -> tuple[Tensor, Tensor]:
@@ -180,19 +193,21 @@ def run(features: Tensor, weight: Tensor, bias: Tensor, eps: float, return_weigh
     if not rows:  # a softmax over nothing, as torch's product over no rows gives it
         return pooled.zero_(), weights
     features, weight, bias = (x if x.stride(-1) == 1 else x.contiguous() for x in (features, weight, bias))
-    settings = config(frames, queries, rows, width, features.dtype, architecture(features, compressor_attention_kernel))
+    target = hardware(features, compressor_attention_kernel)
+    settings = config(frames, queries, rows, width, features.dtype, *target, return_weights)
     split_rows = settings.pop("split_rows")
     splits, block_d = cdiv(rows, split_rows), power_of_2(width)
     # a chunk is at least one step of the tensor cores; float32 has none
     chunks = 1 if features.dtype == torch.float32 else min(settings["num_warps"], block_d // 16)
     partial = pooled.new_empty((frames, splits, queries, width) if splits > 1 else 0)
     top, total = (pooled.new_empty((frames, splits, queries) if splits > 1 else 0) for _ in range(2))
-    with on_device(features):
+    with on_device(features.device):
         compressor_attention_kernel[(cdiv(queries, settings["BLOCK_M"]), splits, frames)](
             features, weight, bias, pooled, partial, top, total, weights,
             features.stride(0), features.stride(1), weight.stride(0), bias.stride(0),
             queries, rows, width, eps, split_rows, splits,
             BLOCK_D=block_d, CHUNKS=chunks, SPLIT=splits > 1, KEEP_SCORES=return_weights,
+            WHOLE=return_weights and block_d == width,  # no masks along the width, or what the scores need would spill
             PRECISION="ieee" if features.dtype == torch.float32 else "tf32", **settings, **FUSION,
         )  # fmt: skip
         if splits > 1:

@@ -8,10 +8,20 @@ import triton.language as tl
 from torch import Tensor
 
 from llava_mini_fast.ops.library import define
-from llava_mini_fast.triton_kernels.launch import FUSION, NAMESPACE, architecture, cdiv, on_device, power_of_2, tuned
+from llava_mini_fast.triton_kernels.launch import (
+    FUSION,
+    NAMESPACE,
+    NO_CARD,
+    cdiv,
+    hardware,
+    on_device,
+    power_of_2,
+    tuned,
+)
 
 
-@triton.jit
+# how many frames and rows there are decides nothing: one binary runs any
+@triton.jit(do_not_specialize=["frames", "length"])
 def add_frames_kernel(
     total, rows, target, times, stride_total, stride_rows, frames, length, width,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -27,12 +37,12 @@ def add_frames_kernel(
     tl.store(place, sums, mask=inside)
 
 
-def config(width: int, dtype: torch.dtype, arch: int) -> dict[str, int]:
+def config(width: int, dtype: torch.dtype, arch: int, card: str = NO_CARD) -> dict[str, int]:
     """512 columns a program, 4 a thread: 20 text rows of 4096 give 160 programs, one for each SM of an H100 and a few
     more. Four frames in flight, since each program waits for memory alone."""
     block = min(512, power_of_2(width, 32))
     defaults = {"BLOCK": block, "STAGES": 4, "num_warps": max(1, block // 128)}
-    return tuned(defaults, "add_frames", arch, dtype, width=width)
+    return tuned(defaults, "add_frames", card, dtype, width=width)
 
 
 def run(total: Tensor, rows: Tensor, target: Tensor, times: Tensor) -> None:
@@ -45,8 +55,8 @@ def run(total: Tensor, rows: Tensor, target: Tensor, times: Tensor) -> None:
         raise ValueError("add_frames: total must have contiguous rows.")
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     target, times = target.contiguous(), times.contiguous()
-    settings = config(width, rows.dtype, architecture(rows, add_frames_kernel))
-    with on_device(rows):
+    settings = config(width, rows.dtype, *hardware(rows, add_frames_kernel))
+    with on_device(rows.device):
         add_frames_kernel[(length, cdiv(width, settings["BLOCK"]))](
             total, rows, target, times, total.stride(0), rows.stride(0), frames, length, width, **settings, **FUSION
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -26,31 +27,39 @@ def _read(path: Path) -> dict[str, dict[str, int]]:
 
 TABLE: dict[str, dict[str, int]] = _read(TUNED)
 """`key(...)` -> the settings that a measurement on a device found best. Tuning and tests set entries."""
+INTERPRETER, NO_CARD = "interpreter", "no-card"
+"""What stands for the card where Triton interprets, and where code is compiled for a target that is not here."""
 
 
-def key(op: str, arch: int, dtype: torch.dtype, **shape: int) -> str:
-    """The name of one row of the table: "swiglu sm90 bfloat16 width=14336"."""
+def key(op: str, card: str, dtype: torch.dtype, **shape: int) -> str:
+    """The name of one row of the table: "swiglu nvidia-h200 bfloat16 width=14336"."""
     names = " ".join(f"{name}={value}" for name, value in shape.items())
-    return f"{op} sm{arch} {str(dtype).removeprefix('torch.')} {names}".rstrip()
+    return f"{op} {card} {str(dtype).removeprefix('torch.')} {names}".rstrip()
 
 
-def tuned(defaults: dict[str, int], op: str, arch: int, dtype: torch.dtype, **shape: int) -> dict[str, int]:
-    """A kernel's own choice, with what the table says about these shapes on this architecture written over it."""
-    return defaults | TABLE.get(key(op, arch, dtype, **shape), {})
+def tuned(defaults: dict[str, int], op: str, card: str, dtype: torch.dtype, **shape: int) -> dict[str, int]:
+    """A kernel's own choice, with what the table says about these shapes on this card written over it."""
+    return defaults | TABLE.get(key(op, card, dtype, **shape), {})
 
 
-def architecture(x: Tensor, kernel: Any) -> int:
-    """80, 90, 100, ... of x's device; 80 in the interpreter, and where the compiler's target is another maker's."""
+def hardware(x: Tensor, kernel: Any) -> tuple[int, str]:
+    """Architecture and card of x's own device, whatever the current one is: (90, "nvidia-h200").
+
+    The architecture is 80 in the interpreter, and where the compiler's target is another maker's. The card is what the
+    table's rows are named after: H100 and H200 are both sm_90, and differ in bandwidth.
+    """
     if isinstance(kernel, InterpretedFunction):
-        return 80
-    return _architecture(x.device.index)
+        return 80, INTERPRETER
+    return _hardware(x.device)
 
 
 @cache
-def _architecture(index: int | None) -> int:
+def _hardware(device: torch.device) -> tuple[int, str]:
     # the driver is asked, not torch: tests compile for machines that are not here
-    arch = driver.active.get_current_target().arch
-    return arch if isinstance(arch, int) else 80
+    with on_device(device):
+        arch = driver.active.get_current_target().arch
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else NO_CARD
+    return arch if isinstance(arch, int) else 80, re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def processors(arch: int) -> int:
@@ -58,9 +67,9 @@ def processors(arch: int) -> int:
     return {80: 108, 90: 132, 100: 148}.get(arch, 108)
 
 
-def on_device(x: Tensor):
-    """Triton launches on the current device, whatever its arguments; this makes it x's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def on_device(device: torch.device):
+    """Triton launches on the current device, whatever its arguments; this makes it theirs."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def power_of_2(n: int, least: int = 1) -> int:

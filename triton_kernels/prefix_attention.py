@@ -13,7 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from llava_mini_fast.ops.library import define
-from llava_mini_fast.triton_kernels.launch import FUSION, NAMESPACE, architecture, cdiv, on_device, power_of_2, tuned
+from llava_mini_fast.triton_kernels.launch import (
+    FUSION,
+    NAMESPACE,
+    NO_CARD,
+    cdiv,
+    hardware,
+    on_device,
+    power_of_2,
+    tuned,
+)
 
 LOG2_E = 1.4426950408889634
 
@@ -46,8 +55,8 @@ def attend(
     return acc, top, total
 
 
-# a single row as a constant makes the compiler unroll what then spills, in float32
-@triton.jit(do_not_specialize=["rows"])
+# one binary for any number of rows; as a constant, a single row is unrolled into what spills in float32
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["tiles"])
 def prefix_attention_kernel(
     q, k, v, prefix_k, prefix_v, out, starts, slots, scale,
     stride_qf, stride_qr, stride_qh, stride_kf, stride_kr, stride_kh, stride_vf, stride_vr, stride_vh,
@@ -98,13 +107,16 @@ def prefix_attention_kernel(
     tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=asked)
 
 
-def config(queries: int, group: int, head_dim: int, dtype: torch.dtype, arch: int) -> dict[str, int]:
+def config(
+    queries: int, group: int, head_dim: int, dtype: torch.dtype, arch: int, card: str = NO_CARD
+) -> dict[str, int]:
     """Tiles for segments of at most `queries` rows.
 
     16-bit: up to 128 packed queries, so that K and V are read from the L2 as seldom as the registers allow (a tile's
     sums are 128 x 128 float32, a quarter of what 8 warps have); fewer where a segment has fewer, since empty rows cost
-    as much as full ones. 64 keys, three stages deep, from Hopper on; on sm_80 two stages, for its smaller shared
-    memory, 32 keys of head_dim 128, as 64 spill, and 8 warps for 64 queries, as 4 spill.
+    as much as full ones. 64 keys, three stages deep, from Hopper on, but on Hopper two for 128 queries of head_dim 64,
+    where the third takes registers from a second program; on sm_80 two stages, for its smaller shared memory, 32 keys
+    of head_dim 128, as 64 spill, and 8 warps for 64 queries, as 4 spill.
     float32: plain fused multiply-adds, as TF32 breaks the numerics law; small tiles and no pipeline, or the operands
     spill.
     """
@@ -113,10 +125,13 @@ def config(queries: int, group: int, head_dim: int, dtype: torch.dtype, arch: in
         defaults = {"BLOCK_M": 16, "BLOCK_N": 32, "STAGES": 1, "num_warps": 8}
     else:
         block = min(128, packed)
-        keys, stages = (32 if head_dim == 128 else 64, 2) if arch < 90 else (64, 3)
+        if arch < 90:
+            keys, stages = 32 if head_dim == 128 else 64, 2
+        else:
+            keys, stages = 64, 2 if (block, head_dim) == (128, 64) and arch < 100 else 3
         warps = 8 if block == 128 or (block == 64 and arch < 90) else 4
         defaults = {"BLOCK_M": block, "BLOCK_N": keys, "STAGES": stages, "num_warps": warps}
-    return tuned(defaults, "prefix_attention", arch, dtype, packed=min(packed, 256), head_dim=head_dim)
+    return tuned(defaults, "prefix_attention", card, dtype, packed=min(packed, 256), head_dim=head_dim)
 
 
 def run_prefix(
@@ -148,11 +163,11 @@ def _launch(q, k, v, prefix_k, prefix_v, out, segments, count: int, rows: int) -
     """Tensors (frames, rows, heads, d): one frame of many `segments`, (starts, slots), or a segment a frame."""
     heads, kv_heads, head_dim = q.shape[2], k.shape[2], q.shape[3]
     group = heads // kv_heads
-    settings = config(rows, group, head_dim, q.dtype, architecture(q, prefix_attention_kernel))
+    settings = config(rows, group, head_dim, q.dtype, *hardware(q, prefix_attention_kernel))
     tiles = cdiv(rows * group, settings["BLOCK_M"])
     starts, slots = segments or (q, q)  # not read
     strides = [x.stride(n) for x in (q, k, v, prefix_k, prefix_v, out) for n in range(3)]
-    with on_device(q):
+    with on_device(q.device):
         prefix_attention_kernel[(count * tiles, kv_heads)](
             q, k, v, prefix_k, prefix_v, out, starts, slots, head_dim**-0.5 * LOG2_E, *strides,
             prefix_k.shape[1], rows, tiles,

@@ -8,12 +8,22 @@ import triton.language as tl
 from torch import Tensor
 
 from llava_mini_fast.ops.library import define
-from llava_mini_fast.triton_kernels.launch import FUSION, NAMESPACE, architecture, cdiv, on_device, power_of_2, tuned
+from llava_mini_fast.triton_kernels.launch import (
+    FUSION,
+    NAMESPACE,
+    NO_CARD,
+    cdiv,
+    hardware,
+    on_device,
+    power_of_2,
+    tuned,
+)
 
 MAX_WIDTH = 16384
 
 
-@triton.jit
+# the number of rows decides nothing: one binary runs any
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_kernel(
     x, residual, weight, out, total, stride_x, stride_residual, rows, width, eps,
     ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -34,13 +44,13 @@ def rms_norm_kernel(
     tl.store(out + row * width + columns, (normed.to(tl.float32) * factor.to(tl.float32)).to(value.dtype), mask=inside)
 
 
-def config(width: int, dtype: torch.dtype, arch: int) -> dict[str, int]:
+def config(width: int, dtype: torch.dtype, arch: int, card: str = NO_CARD) -> dict[str, int]:
     """A row is one block, and narrow rows share a program; warps so that a thread holds 16 elements, which two or four
     16-byte loads bring."""
     block = power_of_2(width, 32)
     rows = max(1, 2048 // block)
     defaults = {"ROWS": rows, "BLOCK": block, "num_warps": min(16, rows * block // 512)}
-    return tuned(defaults, "rms_norm", arch, dtype, width=width)
+    return tuned(defaults, "rms_norm", card, dtype, width=width)
 
 
 def run(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -52,8 +62,8 @@ def run(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple
     # within a row a copy is cheap to avoid: rows of the model's tensors are contiguous, and this makes sure
     x, weight = _rows(x), weight.contiguous()
     residual = x if residual is None else _rows(residual)
-    settings = config(width, x.dtype, architecture(x, rms_norm_kernel))
-    with on_device(x):
+    settings = config(width, x.dtype, *hardware(x, rms_norm_kernel))
+    with on_device(x.device):
         rms_norm_kernel[(cdiv(rows, settings["ROWS"]),)](
             x, residual, weight, out, total, x.stride(0), residual.stride(0), rows, width, eps,
             ADD=total.dim() == 2, **settings, **FUSION,

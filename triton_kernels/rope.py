@@ -8,10 +8,20 @@ import triton.language as tl
 from torch import Tensor
 
 from llava_mini_fast.ops.library import define
-from llava_mini_fast.triton_kernels.launch import FUSION, NAMESPACE, architecture, cdiv, on_device, power_of_2, tuned
+from llava_mini_fast.triton_kernels.launch import (
+    FUSION,
+    NAMESPACE,
+    NO_CARD,
+    cdiv,
+    hardware,
+    on_device,
+    power_of_2,
+    tuned,
+)
 
 
-@triton.jit
+# the number of rows decides nothing: one binary runs any
+@triton.jit(do_not_specialize=["rows"])
 def rope_kernel(
     packed, positions, table, q, k, v, stride_packed, stride_table, rows, heads, kv_heads,
     HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
@@ -47,13 +57,13 @@ def rope_kernel(
     tl.store(place + HALF, high, mask=mine)
 
 
-def config(head_dim: int, total_heads: int, dtype: torch.dtype, arch: int) -> dict[str, int]:
+def config(head_dim: int, total_heads: int, dtype: torch.dtype, arch: int, card: str = NO_CARD) -> dict[str, int]:
     """Up to 16 heads a program, or the angles would be read more often: 2048 elements of head_dim 128, 16 a thread.
     Rows with fewer elements share a program."""
     block = min(16, power_of_2(total_heads))
     rows = 2048 // (block * head_dim)
     defaults = {"ROWS": max(1, rows), "BLOCK_HEADS": block, "num_warps": 4}
-    return tuned(defaults, "rope", arch, dtype, head_dim=head_dim, total_heads=total_heads)
+    return tuned(defaults, "rope", card, dtype, head_dim=head_dim, total_heads=total_heads)
 
 
 def run(packed: Tensor, positions: Tensor, table: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,8 +75,8 @@ def run(packed: Tensor, positions: Tensor, table: Tensor, heads: int, kv_heads: 
     if not rows or not total:
         return q, k, v
     packed, table = (x if x.stride(1) == 1 else x.contiguous() for x in (packed, table))
-    settings = config(head_dim, total, packed.dtype, architecture(packed, rope_kernel))
-    with on_device(packed):
+    settings = config(head_dim, total, packed.dtype, *hardware(packed, rope_kernel))
+    with on_device(packed.device):
         rope_kernel[(cdiv(rows, settings["ROWS"]), cdiv(total, settings["BLOCK_HEADS"]))](
             packed, positions.contiguous(), table, q, k, v, packed.stride(0), table.stride(0), rows, heads, kv_heads,
             HALF=head_dim // 2, **settings, **FUSION,

@@ -8,10 +8,20 @@ import triton.language as tl
 from torch import Tensor
 
 from llava_mini_fast.ops.library import define
-from llava_mini_fast.triton_kernels.launch import FUSION, NAMESPACE, architecture, cdiv, on_device, power_of_2, tuned
+from llava_mini_fast.triton_kernels.launch import (
+    FUSION,
+    NAMESPACE,
+    NO_CARD,
+    cdiv,
+    hardware,
+    on_device,
+    power_of_2,
+    tuned,
+)
 
 
-@triton.jit
+# the number of rows decides nothing: one binary runs any
+@triton.jit(do_not_specialize=["rows"])
 def swiglu_kernel(gate_up, out, stride, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     columns = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -23,12 +33,12 @@ def swiglu_kernel(gate_up, out, stride, rows, width, ROWS: tl.constexpr, BLOCK: 
     tl.store(out + row * width + columns, product.to(out.dtype.element_ty), mask=inside)
 
 
-def config(width: int, dtype: torch.dtype, arch: int) -> dict[str, int]:
+def config(width: int, dtype: torch.dtype, arch: int, card: str = NO_CARD) -> dict[str, int]:
     """16 elements a thread, as in rms_norm; 2048 columns a program, so that even one row of 14336 fills seven of them.
     Narrow rows share a program."""
     block = min(2048, power_of_2(width, 32))
     defaults = {"ROWS": 2048 // block, "BLOCK": block, "num_warps": 4}
-    return tuned(defaults, "swiglu", arch, dtype, width=width)
+    return tuned(defaults, "swiglu", card, dtype, width=width)
 
 
 def run(gate_up: Tensor) -> Tensor:
@@ -39,8 +49,8 @@ def run(gate_up: Tensor) -> Tensor:
         return out
     if gate_up.stride(1) != 1:  # the projection that makes it gives contiguous rows
         gate_up = gate_up.contiguous()
-    settings = config(width, gate_up.dtype, architecture(gate_up, swiglu_kernel))
-    with on_device(gate_up):
+    settings = config(width, gate_up.dtype, *hardware(gate_up, swiglu_kernel))
+    with on_device(gate_up.device):
         swiglu_kernel[(cdiv(rows, settings["ROWS"]), cdiv(width, settings["BLOCK"]))](
             gate_up, out, gate_up.stride(0), rows, width, **settings, **FUSION
         )

@@ -1,7 +1,9 @@
 """The interpreter's and the compiler's tests, each in its own process: how a kernel runs is decided on decorating it.
 
 `-m pytest tests/triton/interpreted` with TRITON_INTERPRET=1, or `tests/triton/compiled` with LLAVA_MINI_TEST_COMPILE=1,
-runs them alone.
+runs them alone. LLAVA_MINI_OTHER_TRITON names a folder with another Triton, by which everything is compiled once more:
+
+    pip install --target DIR --no-deps triton==3.6.0
 """
 
 import os
@@ -31,6 +33,16 @@ def child(folder, marks, tmp_path, **variables):
     assert done.returncode == 0, said[-20000:]
 
 
+@pytest.fixture
+def other_triton():
+    """The child's environment with another version of Triton first on its path."""
+    folder = os.environ.get("LLAVA_MINI_OTHER_TRITON")
+    if not folder:
+        pytest.skip("LLAVA_MINI_OTHER_TRITON names no folder with another version of Triton")
+    assert (Path(folder) / "triton" / "__init__.py").is_file(), f"LLAVA_MINI_OTHER_TRITON: no triton in {folder}"
+    return {"PYTHONPATH": os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
 def test_in_the_interpreter(tmp_path):
     child("interpreted", "not slow", tmp_path, TRITON_INTERPRET="1")
 
@@ -49,3 +61,13 @@ def test_compiling_for_gpus_that_are_not_here(tmp_path):
 @pytest.mark.timeout(1800)
 def test_compiling_everything(tmp_path):
     child("compiled", "slow", tmp_path, LLAVA_MINI_TEST_COMPILE="1")
+
+
+def test_compiling_with_another_triton(tmp_path, other_triton):
+    child("compiled", "not slow", tmp_path, LLAVA_MINI_TEST_COMPILE="1", **other_triton)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_compiling_everything_with_another_triton(tmp_path, other_triton):
+    child("compiled", "slow", tmp_path, LLAVA_MINI_TEST_COMPILE="1", **other_triton)

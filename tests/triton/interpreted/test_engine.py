@@ -36,7 +36,7 @@ TILES = {
 @pytest.fixture(autouse=True)
 def large_tiles(monkeypatch):
     for (op, shape), settings in TILES.items():
-        monkeypatch.setitem(launch.TABLE, f"{op} sm80 float32 {shape}", settings)
+        monkeypatch.setitem(launch.TABLE, f"{op} interpreter float32 {shape}", settings)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,9 @@ def test_many_queries_read_each_feature_once_a_tile():
 
 
 def _compressor(frames, queries, rows, width, split_rows):
-    name = launch.key("compressor_attention", 80, torch.float32, queries=queries, rows=rows, width=width)
+    name = launch.key(
+        "compressor_attention", launch.INTERPRETER, torch.float32, queries=queries, rows=rows, width=width
+    )
     with mock.patch.dict(launch.TABLE, {name: {"split_rows": split_rows}}):
         return checks.compressor_attention(OPS["compressor_attention"], torch.float32, frames, queries, rows, width)
 
