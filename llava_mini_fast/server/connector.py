@@ -17,20 +17,24 @@ from urllib.request import getproxies
 
 import aiohttp
 from PIL import Image
-from vllm import envs
-from vllm.connections import HTTPConnection
-from vllm.logger import init_logger
-from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaWithBytes
-from vllm.multimodal.media.image import ImageMediaIO
-from vllm.multimodal.media.video import VideoMediaIO
 
 from llava_mini_fast.preprocess.image import load_rgb
 from llava_mini_fast.preprocess.limits import Limits, MediaError
+from llava_mini_fast.vllm_plugin.compat.logging import logger
+from llava_mini_fast.vllm_plugin.compat.media import (
+    MEDIA_CONNECTOR_REGISTRY,
+    HTTPConnection,
+    ImageMediaIO,
+    MediaConnector,
+    MediaWithBytes,
+    VideoMediaIO,
+    image_timeout,
+    video_timeout,
+)
 
 NAME = "llava_mini"
 PRIVATE = "LLAVA_MINI_ALLOW_PRIVATE_ADDRESSES"
 """An environment variable: 1 lets media come from loopback, private and link-local addresses."""
-logger = init_logger("vllm.llava_mini_fast.server")
 
 
 class PictureIO(ImageMediaIO):
@@ -91,26 +95,22 @@ class Connector(MediaConnector):
     def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> Any:
         with _sentences("image"):
             self._check_address(image_url)
-            return self.load_from_url(image_url, self._picture_io(), fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT)
+            return self.load_from_url(image_url, self._picture_io(), fetch_timeout=image_timeout())
 
     async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> Any:
         with _sentences("image"):
             await self._check_address_async(image_url)
-            return await self.load_from_url_async(
-                image_url, self._picture_io(), fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT
-            )
+            return await self.load_from_url_async(image_url, self._picture_io(), fetch_timeout=image_timeout())
 
     def fetch_video(self, video_url: str, **_: Any) -> Any:
         with _sentences("video"):
             self._check_address(video_url)
-            return self.load_from_url(video_url, self._clip_io(), fetch_timeout=envs.VLLM_VIDEO_FETCH_TIMEOUT)
+            return self.load_from_url(video_url, self._clip_io(), fetch_timeout=video_timeout())
 
     async def fetch_video_async(self, video_url: str, **_: Any) -> Any:
         with _sentences("video"):
             await self._check_address_async(video_url)
-            return await self.load_from_url_async(
-                video_url, self._clip_io(), fetch_timeout=envs.VLLM_VIDEO_FETCH_TIMEOUT
-            )
+            return await self.load_from_url_async(video_url, self._clip_io(), fetch_timeout=video_timeout())
 
     def _picture_io(self) -> PictureIO:
         return PictureIO(**self.media_io_kwargs.get("image", {}))

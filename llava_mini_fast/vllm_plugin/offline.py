@@ -64,7 +64,9 @@ class OfflineEngine:
     def close(self) -> None:
         """Give the engine's memory back; the engine can't be used afterwards."""
         if self.llm is not None:
-            self.llm.llm_engine.engine_core.shutdown()
+            from llava_mini_fast.vllm_plugin.compat.offline import shut_down
+
+            shut_down(self.llm)
             self.llm = None
             gc.collect()
 
@@ -143,7 +145,8 @@ def _import_vllm() -> Any:
     """vLLM's platform object; ImportError as a sentence where vLLM can't be used."""
     try:
         from vllm import LLM  # noqa: F401
-        from vllm.platforms import current_platform
+
+        from llava_mini_fast.vllm_plugin.compat.offline import current_platform
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise ImportError(f"vLLM does not import: {error}; `llava-mini doctor` says more.") from error

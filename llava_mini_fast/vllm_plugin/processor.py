@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from vllm.multimodal.parse import MultiModalDataParser
-from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
 
 from llava_mini_fast import checkpoint, media
 from llava_mini_fast.config import IMAGE_SIZE, IMAGE_TOKEN_ID, LlavaMiniConfig
 from llava_mini_fast.model.splice import check_vocabulary, placeholder_index
 from llava_mini_fast.preprocess.prompt import PLACEHOLDER, decode, encode
 from llava_mini_fast.preprocess.views import views
-from llava_mini_fast.vllm_plugin import compat
+from llava_mini_fast.vllm_plugin.compat import processing
 from llava_mini_fast.vllm_plugin.segments import (
     PromptMedia,
     check_placeholder,
@@ -41,11 +39,11 @@ def read_config(model_config: Any) -> LlavaMiniConfig:
     )
 
 
-class MediaItems(compat.ProcessorBatchItems):
+class MediaItems(processing.ProcessorBatchItems):
     """Media of one modality, each a `Media` or a `PromptMedia`."""
 
 
-class DataParser(MultiModalDataParser):
+class DataParser(processing.MultiModalDataParser):
     """Accepts everything that vLLM does, our media objects, and already preprocessed floats."""
 
     def _parse_image_data(self, data: Any) -> MediaItems | None:
@@ -94,7 +92,7 @@ def _as_media(kind: str, item: Any) -> media.Media | None:
     return media.video(item[0] if isinstance(item, tuple) else item)  # (frames, metadata)
 
 
-class Info(BaseProcessingInfo):
+class Info(processing.BaseProcessingInfo):
     """What vLLM may ask about the model's inputs."""
 
     @cached_property
@@ -119,7 +117,7 @@ class Info(BaseProcessingInfo):
         return {}
 
 
-class DummyInputs(BaseDummyInputsBuilder[Info]):
+class DummyInputs(processing.BaseDummyInputsBuilder[Info]):
     """The largest input, for profiling."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
@@ -136,7 +134,7 @@ class DummyInputs(BaseDummyInputsBuilder[Info]):
         return {}
 
 
-class Processor(BaseMultiModalProcessor[Info]):
+class Processor(processing.BaseMultiModalProcessor[Info]):
     """Builds the items itself: vLLM's own path assumes that an item is its media alone."""
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Mapping[str, Any]:
@@ -145,7 +143,9 @@ class Processor(BaseMultiModalProcessor[Info]):
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> list[Any]:
         return []
 
-    def get_dummy_inputs(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> compat.ProcessorInputs:
+    def get_dummy_inputs(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any
+    ) -> processing.ProcessorInputs:
         """The dummy prompt, filled up with text to the longest allowed: text rows are the item's too."""
         inputs = super().get_dummy_inputs(seq_len, mm_counts, mm_options)
         if mm_counts.get("video") or mm_counts.get("image"):
@@ -161,7 +161,7 @@ class Processor(BaseMultiModalProcessor[Info]):
         # a BOS is never generated, so penalties over prompt ids can't touch an answer through it
         return self.info.config.bos_token_id or 0
 
-    def apply(self, inputs: compat.ProcessorInputs, timing_ctx: Any) -> Any:
+    def apply(self, inputs: processing.ProcessorInputs, timing_ctx: Any) -> Any:
         """Process one prompt.
 
         Raises:
@@ -220,7 +220,7 @@ class Processor(BaseMultiModalProcessor[Info]):
         digests = torch.frombuffer(bytearray(b"".join(prepared.digests)), dtype=torch.uint8).view(
             prepared.num_frames, -1
         )
-        items = compat.items(
+        items = processing.items(
             modality,
             {
                 "pixels": [pixels] * len(cuts),
@@ -230,4 +230,4 @@ class Processor(BaseMultiModalProcessor[Info]):
             },
         )
         expanded = expand(ids, placeholder, num_vision, self._stand_in)
-        return compat.multimodal_input(modality, expanded, items, hashes, cuts, cache)
+        return processing.multimodal_input(modality, expanded, items, hashes, cuts, cache)

@@ -8,7 +8,7 @@ import numpy as np
 
 from llava_mini_fast.preprocess.limits import Limits
 from llava_mini_fast.preprocess.video import frames
-from llava_mini_fast.vllm_plugin.compat import VideoLoader
+from llava_mini_fast.vllm_plugin.compat.media import VideoLoader
 
 
 class Loader(VideoLoader):

@@ -4,13 +4,10 @@ import json
 import os
 import subprocess
 import sys
-import types
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-
-from llava_mini_fast.vllm_plugin import SUPPORTED_VLLM, register, shadowed_triton_kernels
+from llava_mini_fast.vllm_plugin import shadowed_triton_kernels
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,33 +39,17 @@ def test_importing_the_plugin_imports_no_vllm():
     assert not [name for name in names if name.startswith("transformers.models")]
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.0", "dev"])
-def test_an_unsupported_vllm_is_refused(monkeypatch, version):
-    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(__version__=version))
-    with pytest.raises(RuntimeError) as refused:
-        register()
-    sentence = str(refused.value)
-    assert version in sentence and all(supported in sentence for supported in SUPPORTED_VLLM)
-    assert "\n" not in sentence and sentence.endswith(".")
-
-
-def test_vllm_shows_the_refusal_and_finds_no_triton_kernels_of_ours():
+def test_vllm_finds_no_triton_kernels_of_ours():
     """In the repository's root, where `python -c` without PYTHONSAFEPATH would find them."""
     code = """
-import importlib.util, json, vllm
+import importlib.util, json
 from vllm.plugins import load_general_plugins
 from vllm.utils.import_utils import has_triton_kernels
+load_general_plugins()
 found = importlib.util.find_spec("triton_kernels")
-vllm.__version__ = "0.31.0"
-try:
-    load_general_plugins()
-    said = None
-except RuntimeError as error:
-    said = str(error)
-print(json.dumps({"said": said, "has": has_triton_kernels(), "where": found and found.origin}))
+print(json.dumps({"has": has_triton_kernels(), "where": found and found.origin}))
 """
     found = json.loads(python("-c", code).stdout.splitlines()[-1])
-    assert found["said"].startswith("llava-mini-fast works with vLLM 0.32 and 0.33, not 0.31.0")
     theirs = find_spec("triton_kernels")
     assert found["has"] == (theirs is not None)
     assert found["where"] is None or not Path(found["where"]).is_relative_to(ROOT / "triton_kernels")

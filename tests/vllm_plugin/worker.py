@@ -64,19 +64,20 @@ class Worker:
 
     def register(self, path: str | None) -> list[str]:
         """Register the plugin again, with `path` on sys.path; the warnings that it logs."""
-        from llava_mini_fast.vllm_plugin import compat, register
+        from llava_mini_fast.vllm_plugin import register
+        from llava_mini_fast.vllm_plugin.compat.logging import logger
 
         said: list[str] = []
         handler = logging.Handler()
         handler.emit = lambda record: said.append(record.getMessage())
         before = list(sys.path)
-        compat.logger.addHandler(handler)
+        logger.addHandler(handler)
         try:
             sys.path[:0] = [path] if path else []
             register()
         finally:
             sys.path[:] = before
-            compat.logger.removeHandler(handler)
+            logger.removeHandler(handler)
         return said
 
     def load_video(self, url: str) -> Any:

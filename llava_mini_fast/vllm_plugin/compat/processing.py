@@ -1,44 +1,51 @@
-"""The one file that touches vLLM's private names. What each stands for is said here; DESIGN names this room."""
+"""What the processor takes from vLLM, and what it hands back: multimodal items and a processed prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor
 from vllm.inputs import mm_input
-from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem, MultiModalKwargsItems, PlaceholderRange
-from vllm.multimodal.parse import ProcessorBatchItems
+from vllm.multimodal.parse import MultiModalDataParser, ProcessorBatchItems
+from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
 from vllm.multimodal.processing.inputs import ProcessorInputs
-from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
 __all__ = [
+    "BaseDummyInputsBuilder",
+    "BaseMultiModalProcessor",
+    "BaseProcessingInfo",
+    "MultiModalDataParser",
     "ProcessorBatchItems",
     "ProcessorInputs",
-    "VideoLoader",
     "items",
-    "logger",
     "multimodal_input",
-    "register_video_loader",
 ]
 
-# outside vLLM's own namespace, vLLM configures no log handler
-logger = init_logger("vllm.llava_mini_fast")
-
-
-def register_video_loader(name: str, module: str) -> None:
-    """Make `module`'s `Loader` the video loader of our model type, in every process and without a flag."""
-    from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
-
-    from llava_mini_fast.config import MODEL_TYPE
-
-    processor = (
-        "LlavaMiniVideoProcessor"  # a name only: vLLM picks loaders by the name of a transformers video processor
-    )
-    VIDEO_PROCESSOR_MAPPING_NAMES[MODEL_TYPE] = processor
-    VIDEO_LOADER_REGISTRY.register(name, video_processor=processor)(import_module(module).Loader)
+MEMBERS = (
+    "BaseDummyInputsBuilder._get_dummy_images",
+    "BaseDummyInputsBuilder._get_dummy_videos",
+    "BaseDummyInputsBuilder.get_dummy_mm_data",
+    "BaseDummyInputsBuilder.get_dummy_text",
+    "BaseMultiModalProcessor._get_mm_fields_config",
+    "BaseMultiModalProcessor._get_prompt_updates",
+    "BaseMultiModalProcessor.apply",
+    "BaseMultiModalProcessor.get_dummy_inputs",
+    "BaseProcessingInfo.get_data_parser",
+    "BaseProcessingInfo.get_mm_max_tokens_per_item",
+    "BaseProcessingInfo.get_supported_mm_limits",
+    "BaseProcessingInfo.get_tokenizer",
+    "MultiModalDataParser._parse_image_data",
+    "MultiModalDataParser._parse_video_data",
+    "MultiModalFieldConfig.batched",
+    "MultiModalKwargsItems.from_hf_inputs",
+    "ProcessorInputs.cache",
+    "ProcessorInputs.mm_data_items",
+    "ProcessorInputs.mm_uuid_items",
+    "ProcessorInputs.prompt",
+)
+"""What is called or overridden of these; the table of names has it too."""
 
 
 def items(modality: str, fields: Mapping[str, Sequence[Tensor]]) -> list[MultiModalKwargsItem]:
