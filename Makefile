@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # more directories of goldens for `make check`, beside tests/goldens
 GOLDENS ?=
+# the Triton of GPU machines in use, whose compiler `make check` tries beside the installed one; empty: it doesn't
+OTHER_TRITON ?= 3.6.0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -105,6 +107,14 @@ check: $(STAMP)
 	$(SUITE)
 	bad=()
 	if $(GPU); then marked=(); else marked=(-m "not gpu"); fi
+	if [[ -n "$(OTHER_TRITON)" ]]; then
+		export LLAVA_MINI_OTHER_TRITON="$(abspath $(VENV))/triton-$(OTHER_TRITON)"
+		if [[ ! -d $$LLAVA_MINI_OTHER_TRITON ]]; then
+			echo "installing Triton $(OTHER_TRITON) beside the environment"
+			$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target "$$LLAVA_MINI_OTHER_TRITON.part" triton==$(OTHER_TRITON)
+			mv "$$LLAVA_MINI_OTHER_TRITON.part" "$$LLAVA_MINI_OTHER_TRITON"
+		fi
+	fi
 	export LLAVA_MINI_GOLDENS="$(foreach directory,$(GOLDENS),$(abspath $(directory)))"
 	suite "$${marked[@]}" || bad+=("$${wrong:-pytest}")
 	for goldens in tests/goldens $(GOLDENS); do

@@ -41,6 +41,7 @@ def test_what_test_and_check_run():
     check = make("-n", "check", "GOLDENS=here there").stdout
     assert "for goldens in tests/goldens here there;" in check
     assert "not slow" not in check
+    assert "triton==3.6.0" in check and 'if [[ -n "" ]]' in make("-n", "check", "OTHER_TRITON=").stdout
 
 
 def test_only_ci_looks_beside_the_checkout():

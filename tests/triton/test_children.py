@@ -9,6 +9,7 @@ runs them alone. LLAVA_MINI_OTHER_TRITON names a folder with another Triton, by 
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -57,17 +58,22 @@ def test_compiling_for_gpus_that_are_not_here(tmp_path):
     child("compiled", "not slow", tmp_path, LLAVA_MINI_TEST_COMPILE="1")
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_compiling_everything(tmp_path):
-    child("compiled", "slow", tmp_path, LLAVA_MINI_TEST_COMPILE="1")
-
-
 def test_compiling_with_another_triton(tmp_path, other_triton):
     child("compiled", "not slow", tmp_path, LLAVA_MINI_TEST_COMPILE="1", **other_triton)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_compiling_everything_with_another_triton(tmp_path, other_triton):
-    child("compiled", "slow", tmp_path, LLAVA_MINI_TEST_COMPILE="1", **other_triton)
+def test_compiling_everything(request, tmp_path):
+    """By the installed Triton, and beside it by another where one is named (the test above says so where none is)."""
+    versions = [{}]
+    if os.environ.get("LLAVA_MINI_OTHER_TRITON"):
+        versions.append(request.getfixturevalue("other_triton"))
+
+    def everything(number):
+        out = tmp_path / str(number)
+        out.mkdir()
+        child("compiled", "slow", out, LLAVA_MINI_TEST_COMPILE="1", **versions[number])
+
+    with ThreadPoolExecutor(len(versions)) as pool:
+        list(pool.map(everything, range(len(versions))))
