@@ -12,11 +12,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from llava_mini_fast.media import Media, image, video
+from llava_mini_fast.preprocess.limits import Limits, MediaError
+from llava_mini_fast.protocol import Engine
 
 if TYPE_CHECKING:
     from llava_mini_fast.engine import LlavaMini, load
+    from llava_mini_fast.image_cache import CacheSizes
 
-__all__ = ["LlavaMini", "Media", "image", "load", "video"]
+__all__ = ["CacheSizes", "Engine", "Limits", "LlavaMini", "Media", "MediaError", "image", "load", "video"]
 
 try:
     __version__ = version("llava-mini-fast")
@@ -30,4 +33,8 @@ def __getattr__(name: str):
         from llava_mini_fast import engine
 
         return getattr(engine, name)
+    if name == "CacheSizes":
+        from llava_mini_fast.image_cache import CacheSizes
+
+        return CacheSizes
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from llava_mini_fast.ops.backend import resolve
 from llava_mini_fast.pieces import Pieces
 from llava_mini_fast.precision import choose_dtype, quantize
 from llava_mini_fast.preprocess import prompt as prompts
+from llava_mini_fast.protocol import AskOptions
 
 
 def load(
@@ -149,6 +150,34 @@ class LlavaMini:
         """Ids (with -200) of a conversation whose first user message holds "<image>" if there is media."""
         return prompts.prompt_ids(self.tokenizer, messages, style)
 
+    @overload
+    def ask(
+        self,
+        media: Media | None,
+        question: str,
+        max_new_tokens: int = ...,
+        stream: Literal[False] = ...,
+        **options: Unpack[AskOptions],
+    ) -> str: ...
+    @overload
+    def ask(
+        self,
+        media: Media | None,
+        question: str,
+        max_new_tokens: int = ...,
+        *,
+        stream: Literal[True],
+        **options: Unpack[AskOptions],
+    ) -> Iterator[str]: ...
+    @overload
+    def ask(
+        self,
+        media: Media | None,
+        question: str,
+        max_new_tokens: int = ...,
+        stream: bool = ...,
+        **options: Unpack[AskOptions],
+    ) -> str | Iterator[str]: ...
     def ask(
         self,
         media: Media | None,
@@ -183,15 +212,31 @@ class LlavaMini:
             )
         ids = self.prompt_ids(prompts.conversation(question, history, media is not None), style)
         rows = self._fuse(ids, media, progress)
+        self._check_rows(rows)
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
+        if stream:
+            return self._stream(rows, max_new_tokens, sampling)
+        return self.tokenizer.decode(self._generate(rows, max_new_tokens, **sampling), skip_special_tokens=True)
+
+    def ask_batch(self, questions: Sequence[tuple[Media | None, str]], max_new_tokens: int = 512) -> list[str]:
+        """The greedy answers to (media, question) pairs: fused together, generated one after another. Errors as in `ask`."""
+        if max_new_tokens < 1:
+            raise ValueError("max_new_tokens must be at least 1.")
+        requests = [
+            (self.prompt_ids(prompts.conversation(question, (), media is not None)), media)
+            for media, question in questions
+        ]
+        fused = self.front.fuse(requests)
+        for rows in fused:
+            self._check_rows(rows)
+        return [self.tokenizer.decode(self._generate(rows, max_new_tokens), skip_special_tokens=True) for rows in fused]
+
+    def _check_rows(self, rows: Tensor) -> None:
         limit = min(self.config.max_rows or self.config.max_position_embeddings, self.config.max_position_embeddings)
         if rows.shape[0] > limit:
             raise ValueError(
                 f"the prompt needs {rows.shape[0]} rows and the context holds {limit}; shorten the text or take fewer frames."
             )
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
-        if stream:
-            return self._stream(rows, max_new_tokens, sampling)
-        return self.tokenizer.decode(self._generate(rows, max_new_tokens, **sampling), skip_special_tokens=True)
 
     def _fuse(self, prompt_ids: Sequence[int], media: Media | None, progress: bool) -> Tensor:
         with tqdm(desc="frames", unit="", leave=False, disable=not progress or media is None) as bar:

@@ -78,6 +78,17 @@ def test_ask_streams_what_it_answers(model):
     assert whole and "".join(pieces) == whole and len(pieces) > 1
 
 
+def test_a_batch_answers_as_one_by_one(model):
+    m, picture = model("llama31"), lmf.image(PICTURE)
+    questions = [(picture, "What is this?"), (None, "Hello?"), (picture, "Its colour?")]
+    assert m.ask_batch(questions, 8) == [m.ask(media, question, 8) for media, question in questions]
+    assert m.ask_batch([]) == []
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
+        m.ask_batch(questions, 0)
+    with pytest.raises(ValueError, match="the context holds"):
+        m.ask_batch([(picture, "What? " * 5000)])
+
+
 def test_ask_is_generate_on_prompt_ids(model):
     m, picture = model("llama31"), lmf.image(PICTURE)
     messages = [

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from llava_mini_fast.demo.lessons import Album, Lesson, batch, told
 from llava_mini_fast.demo.questions import CLIP_KINDS, KINDS, PICTURE_KINDS, Question, about_clip, about_scene
 from llava_mini_fast.demo.scenes import Clip, Scene
 from llava_mini_fast.media import Media, image, video
+from llava_mini_fast.protocol import Engine
 
 MAX_TOKENS = 8
 """The longest right answer has three tokens."""
@@ -36,12 +37,6 @@ class Task:
         if isinstance(self.subject, Clip):
             return video(self.subject.frames())
         return image(self.subject.picture())
-
-
-class Engine(Protocol):
-    """What can be examined: `llava_mini_fast.load`'s result, or vLLM's `OfflineEngine`, which answers batches."""
-
-    def ask(self, media: Media | None, question: str, max_new_tokens: int) -> str: ...
 
 
 @dataclass
@@ -109,13 +104,8 @@ def examine(engine: Engine, tasks: Sequence[Task], progress: Callable[[int], Non
             together = list(same)
             media = together[0].media()
             asked += [(media, task.question.text) for task in together]
-        if hasattr(engine, "ask_batch"):
-            answers += engine.ask_batch(asked, MAX_TOKENS)
-            progress(len(asked))
-            continue
-        for media, text in asked:
-            answers.append(engine.ask(media, text, MAX_TOKENS))
-            progress(1)
+        answers += engine.ask_batch(asked, MAX_TOKENS)
+        progress(len(asked))
     return marked(tasks, answers)
 
 

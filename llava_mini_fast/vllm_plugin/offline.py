@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 
@@ -14,6 +14,7 @@ from llava_mini_fast.config import LlavaMiniConfig
 from llava_mini_fast.media import Media
 from llava_mini_fast.precision import choose_dtype
 from llava_mini_fast.preprocess import prompt as prompts
+from llava_mini_fast.protocol import AskOptions
 from llava_mini_fast.vllm_plugin import prompt
 
 MAX_ROWS = 8192
@@ -89,6 +90,34 @@ class OfflineEngine:
         )
         return list(answer.token_ids)
 
+    @overload
+    def ask(
+        self,
+        media: Media | None,
+        question: str,
+        max_new_tokens: int = ...,
+        stream: Literal[False] = ...,
+        **options: Unpack[AskOptions],
+    ) -> str: ...
+    @overload
+    def ask(
+        self,
+        media: Media | None,
+        question: str,
+        max_new_tokens: int = ...,
+        *,
+        stream: Literal[True],
+        **options: Unpack[AskOptions],
+    ) -> Iterator[str]: ...
+    @overload
+    def ask(
+        self,
+        media: Media | None,
+        question: str,
+        max_new_tokens: int = ...,
+        stream: bool = ...,
+        **options: Unpack[AskOptions],
+    ) -> str | Iterator[str]: ...
     def ask(
         self,
         media: Media | None,
