@@ -174,7 +174,7 @@ class Bench:
         run: Callable[[], Any] | None = None,
         **more: Any,
     ) -> None:
-        """One measurement. `run`: what was measured, whose time on a CUDA device is added."""
+        """One measurement. `run`: what was measured, whose time and memory on a CUDA device are added."""
         entry: dict[str, Any] = {
             "model": self.model, "name": name, "ours": ours.as_json(), "gflops_per_s": operations / ours.median / 1e9,
         }  # fmt: skip
@@ -182,7 +182,7 @@ class Bench:
             entry |= {"published": theirs.as_json(), "ratio": theirs.median / ours.median, "flop_bound": bound}
         if run is not None and self.device.type == "cuda":
             on_device = statistics.median(event_clock(run, head_start=20e-3) for _ in range(self.rounds))
-            entry |= {"device_s": on_device, "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device)}
+            entry |= {"device_s": on_device, "activation_bytes": activation_bytes(run, self.device)}
         if self.peak is not None:
             entry["gemm_ceiling_share"] = operations / ours.median / self.peak
         entry |= more
@@ -208,7 +208,6 @@ class Bench:
         pixels = normalize(media.pixels[:count], self.dtype)
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
-            torch.cuda.reset_peak_memory_stats(self.device)
 
         def run() -> None:
             front.fuse([(self.ids, media)])
@@ -328,6 +327,15 @@ class Bench:
         rounds = self.rounds if gpu else max(1, self.rounds - 1)
         self.cold("HD image", front, self.views(1, 5, seed=4), rounds=rounds, warmup=int(gpu))
         self.ratios["hd"] = self.rows[-1]["ratio"]
+
+
+def activation_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """The most memory that a run takes on a CUDA device beside what is allocated before it (weights, cache)."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 class GemmCeiling:
