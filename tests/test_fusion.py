@@ -136,6 +136,19 @@ def test_progress_counts_frames(front):
         front.configure(frames_per_chunk=0)
 
 
+def test_the_default_dtype_changes_nothing(front):
+    """Sums over frames are float32 whatever torch makes by default, as in an engine that is built under bfloat16."""
+    request = ([5, -200, 9, 17], lmf.video(frames(2)))
+    (expected,) = front.fuse([request])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        (rows,) = front.fuse([request])
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(rows, expected)
+
+
 def test_the_text_mean_is_exact_to_float32(front):
     clip = frames(12, seed=5)
     front.configure(OFF, frames_per_chunk=5)

@@ -5,7 +5,7 @@ import torch
 
 from llava_mini_fast import reference as spec
 from llava_mini_fast.model.splice import placeholder_index, splice
-from llava_mini_fast.model.vision_tower import VisionTower, grid_of_tiles
+from llava_mini_fast.model.vision_tower import PatchEmbedding, VisionTower, grid_of_tiles
 from llava_mini_fast.ops.segments import Segments
 
 
@@ -48,6 +48,16 @@ def test_grid_of_tiles_is_spatial_order():
     tiles = torch.stack([whole[24 * i :][:24, 24 * j :][:, :24].reshape(576, 2) for i in range(2) for j in range(2)])
     assert torch.equal(grid_of_tiles(tiles[None])[0], whole.reshape(2304, 2))
     assert torch.equal(grid_of_tiles(tiles[None])[0], spec.tiles_to_grid(tiles))
+
+
+def test_patches_are_the_published_convolution_as_a_product(model):
+    """A convolution would be rounded to TF32 on CUDA; its weight has the published shape."""
+    generator = torch.Generator().manual_seed(0)
+    conv, patches = torch.nn.Conv2d(3, 8, 14, 14, bias=False).double(), PatchEmbedding(8, 14).double()
+    patches.load_state_dict(conv.state_dict())
+    pixels = torch.randn(2, 3, 42, 42, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(patches(pixels), conv(pixels))
+    assert not [m for m in model("llama31").front.modules() if isinstance(m, torch.nn.Conv2d)]
 
 
 def test_tower_runs_only_the_layers_that_are_read(model, checkpoint):
