@@ -287,7 +287,7 @@ class Bench:
         with torch.inference_mode():
             features = front.vision_tower(pixels[:, 0])
             patches, compressed = front.encode(pixels)
-            state = front.cache.state
+            state = front.cache.allocate()
             gemms = [*flops.tower_gemms(config, 1), *flops.image_part_gemms(config, 1)]
             ceiling = GemmCeiling(gemms, self.dtype, self.device)
             runs = {

@@ -15,8 +15,8 @@ from torch import Tensor
 from llava_mini_fast import checkpoint
 from llava_mini_fast.config import IMAGE_SIZE, LlavaMiniConfig
 from llava_mini_fast.device import choose_device
-from llava_mini_fast.fusion import FusionFrontEnd
 from llava_mini_fast.media import Media
+from llava_mini_fast.model.front_end import FrontEnd
 from llava_mini_fast.model.vision_tower import grid_of_tiles
 from llava_mini_fast.preprocess.views import normalize, stream
 
@@ -31,7 +31,7 @@ _HEAT = np.array([[0, 0, 0], [90, 0, 110], [220, 50, 40], [255, 170, 0], [255, 2
 class Front:
     """As much of a loaded model as a heat map needs."""
 
-    front: FusionFrontEnd
+    front: FrontEnd
     config: LlavaMiniConfig
 
 
@@ -41,7 +41,7 @@ def load_front(path: str, device: str | torch.device = "cpu") -> Front:
     directory = checkpoint.resolve(path)
     config = checkpoint.read_config(directory)
     with where:
-        front = FusionFrontEnd(config, lambda ids: torch.zeros(len(ids), config.hidden_size))
+        front = FrontEnd(config, lambda ids: torch.zeros(len(ids), config.hidden_size))
     front.requires_grad_(False).eval()
     front.load_weights(checkpoint.front_end_weights(directory, config))
     return Front(front, config)

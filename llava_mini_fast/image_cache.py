@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class ImageCache:
 
     `state` (slots, layers, 2, rows, kv_heads, d) holds K and V of the image part, `vision` (slots, Q, H) the compressed
     rows' outputs. Beyond the slots that are kept there are `chunk` more, so that the frames at work always have a place,
-    with the cache off too. Keys are digests of preprocessed pixels. Decisions depend on the order of calls alone, so the
+    with the cache off too. The arena is made at its first use: training and heat maps need none. Keys are digests of preprocessed pixels. Decisions depend on the order of calls alone, so the
     ranks of a tensor-parallel group agree without talking.
 
     Args:
@@ -81,17 +82,32 @@ class ImageCache:
         self.sizes, self.chunk, self.stats = sizes, chunk, CacheStats()
         self.frame_bytes = (torch.Size(slot).numel() + torch.Size(vision).numel()) * dtype.itemsize
         self.capacity = sizes.device // self.frame_bytes
-        slots = self.capacity + chunk
-        self.state = torch.empty((slots, *slot), dtype=dtype, device=device)
-        self.vision = torch.empty((slots, *vision), dtype=dtype, device=device)
+        self._slot, self._row, self._dtype, self._device = slot, vision, dtype, device
         self._pin = device.type == "cuda"
         self.clear()
+
+    @cached_property
+    def state(self) -> Tensor:
+        return self._slots_of(self._slot)
+
+    @cached_property
+    def vision(self) -> Tensor:
+        return self._slots_of(self._row)
+
+    @torch.inference_mode(False)  # or later calls outside of that mode could not write
+    def _slots_of(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty((self.capacity + self.chunk, *shape), dtype=self._dtype, device=self._device)
+
+    def allocate(self) -> Tensor:
+        """Take the arena's memory now, not at the first frame: for those who plan memory. Returns `state`."""
+        _ = self.vision
+        return self.state
 
     def clear(self) -> None:
         """Forget every frame (the weights changed); the counters go on."""
         self._kept: OrderedDict[bytes, int] = OrderedDict()
         self._host: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
-        self._free = list(range(self.state.shape[0]))
+        self._free = list(range(self.capacity + self.chunk))
         self._fresh: set[bytes] = set()
         self._update_sizes()
 

@@ -59,3 +59,12 @@ def test_the_brightest_place_is_the_largest_weight(model):
 def test_floats_are_refused(model):
     with pytest.raises(ValueError, match="not floats"):
         heatmap(model("llama31"), lmf.image(torch.zeros(1, 3, 336, 336)))
+
+
+def test_a_front_end_for_heat_maps_has_no_image_cache(checkpoint, model):
+    from llava_mini_fast.heatmap import load_front
+
+    front = load_front(checkpoint("llama31"))
+    assert not hasattr(front.front, "cache")
+    media = lmf.image(picture())
+    assert torch.allclose(attention(front, media)[0], attention(model("llama31"), media)[0], atol=1e-5)

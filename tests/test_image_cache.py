@@ -30,6 +30,14 @@ def call(c, *names, value=None):
     return "".join(computed)
 
 
+def test_the_arena_is_made_at_its_first_use():
+    c = cache(device=2)
+    assert not {"state", "vision"} & set(vars(c))
+    with torch.inference_mode():
+        assert c.allocate().shape == (4, 1, 2, 3, 1, 2) and c.vision.shape == (4, 1, 4)
+    assert call(c, "a") == "a"  # outside of that mode it can be written all the same
+
+
 def test_off_keeps_nothing():
     c = cache()
     assert call(c, "a", "b") == "ab" and call(c, "a") == "a"

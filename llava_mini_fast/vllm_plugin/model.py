@@ -47,6 +47,7 @@ class LlavaMiniForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsP
         with self._mark_tower_model(vllm_config, {"image", "video"}):
             self.front = FusionFrontEnd(config, self.language_model.embed_input_ids)
         if isinstance(self.front, FusionFrontEnd):  # vLLM leaves it out when every media limit is 0
+            self.front.cache.allocate()  # before vLLM measures what is left for paged KV
             self._publish = metrics.export(self.front)
         self._tower = checkpoint.VisionTowerSource(checkpoint.resolve(model_config.model), config)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors

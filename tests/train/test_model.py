@@ -42,6 +42,7 @@ def test_rows_without_answers_are_the_published_ones(trainable, golden, name, ca
     with torch.no_grad():
         (rows,) = model.fused_rows([ids], [labels], [range(len(shown))], shown)
     assert (rows - row.fused).abs().max() < 1e-4
+    assert not {"state", "vision"} & set(vars(model.front.cache))  # no memory for an image cache
 
 
 def test_a_batch_gives_what_each_gives_alone_and_features_stand_for_pixels(trainable, golden):
