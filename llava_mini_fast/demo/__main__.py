@@ -2,7 +2,7 @@
 
 import sys
 
-from llava_mini_fast.demo import main
+from llava_mini_fast.demo.program import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,6 +8,7 @@ import types
 import pytest
 
 from llava_mini_fast import demo
+from llava_mini_fast.demo import program
 
 
 def test_answers_are_right():
@@ -44,7 +45,7 @@ def test_missing_examples_are_a_sentence(monkeypatch, tmp_path, capsys):
 
 
 def test_stopwatch_adds_up_and_hands_through():
-    watch = demo.Stopwatch()
+    watch = program.Stopwatch()
     waited = []
     owner = types.SimpleNamespace(double=lambda x: 2 * x)
     watch.watch(owner, "double", "doubling", lambda: waited.append(1))
