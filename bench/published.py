@@ -1,7 +1,7 @@
 """The published structure, as a baseline: transformers' eager modules, a loop over frames, every row through every layer.
 
 It shares its weights with a `FusionFrontEnd` (views of the packed ones), so both compute the same numbers from the same
-memory. Written from REFERENCE's description; nothing is skipped that the published code computes and nothing is added.
+memory. Written from a description of the published code; nothing is skipped that the published code computes and nothing is added.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ class Compressor(nn.Module):
     """Cross-attention of learned queries over patch features, folded.
 
     The queries are constants, so W_q, W_k, their biases, LayerNorm's weights and the positions fold into one
-    (8Q, D) matrix and a (8Q, N) bias; LayerNorm's weights, W_v and W_o act behind the softmax (DESIGN: exact up to
-    rounding). Parameters have the published names and shapes; the folded constants are float32 and made on first use.
+    (8Q, D) matrix and a (8Q, N) bias; LayerNorm's weights, W_v and W_o act behind the softmax, which is exact up
+    to rounding. Parameters have the published names and shapes; the folded constants are float32 and made on first use.
     """
 
     def __init__(self, size: int, width: int, backend: str = "torch"):

@@ -72,11 +72,6 @@ def make_checkpoint(recipe: Mapping[str, Any], out: str | Path, tokenizer_dir: s
     return out
 
 
-def make_named(name: str, out: str | Path, goldens_dir: str | Path | None = None) -> Path:
-    """`make_checkpoint` of the recipe (and tokenizer, where it has one) of `goldens_dir`, else of the package."""
-    return make_checkpoint(recipe_named(name, goldens_dir), out, _tokenizer(goldens_dir))
-
-
 def cached(name: str, goldens_dir: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Path:
     """The named checkpoint in this user's temporary directory, made on the first call of any process.
 
