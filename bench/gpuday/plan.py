@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,8 @@ def _process(command: list[str], log: Any, environment: dict[str, str] | None) -
                     process.wait(patience)
                 except subprocess.TimeoutExpired:
                     continue
+        with suppress(ProcessLookupError):  # what it started and left behind
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def end_with_parent() -> None:
