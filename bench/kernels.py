@@ -141,7 +141,7 @@ class Bench:
         judge, runs = Judge(shape.op, inputs, dtype), {}
         for row in rows:
             run = partial(baselines.call, shape.op, backend=row.backend)
-            row.why = self._unsupported(shape, inputs, dtype, row.backend) or ""
+            row.why = unsupported(row.backend, shape.op, inputs, dtype) or ""
             if row.why:
                 continue
             red = judge.red(run)
@@ -164,11 +164,6 @@ class Bench:
         if shape.flops <= CPU_FLOPS and shape.bytes(dtype) <= CPU_BYTES:
             return None
         return f"too long for a CPU ({shape.flops / 1e9:.0f} GFLOP, {shape.bytes(dtype) / 1e6:.0f} MB); --shape {shape.name} runs it"
-
-    def _unsupported(self, shape: Shape, inputs: Inputs, dtype: torch.dtype, backend: str) -> str | None:
-        if backend == "torch":
-            return None
-        return backends._kernels(backend).unsupported(shape.op, dtype, **kernel_shape(shape.op, inputs))
 
     def _baselines(self, op: str, dtype: torch.dtype, judge: Judge) -> tuple[dict[str, Run], list[str]]:
         """Baselines that agree with the op, and a note on each other one."""
@@ -229,6 +224,13 @@ class Bench:
         )
         if whole is not row.timing:
             row.notes.append(f"published is compared with op and value projection, {whole.median * 1e3:.3f} ms")
+
+
+def unsupported(backend: str, op: str, inputs: Inputs, dtype: torch.dtype) -> str | None:
+    """Why a backend's kernels can't run an op on these inputs, or None."""
+    if backend == "torch":
+        return None
+    return backends._kernels(backend).unsupported(op, dtype, **kernel_shape(op, inputs))
 
 
 def ratios(others: dict[str, Timing], ours: Timing) -> dict[str, float]:

@@ -209,17 +209,11 @@ def ops(day: Context) -> None:
         judge = Judge(shape.op, inputs, dtype)
         for backend in ["torch", *(name for name, reason in here.items() if not reason)]:
             what = f"{shape.op} {shape.name} {_name(dtype)} {backend}"
-            reason = _unsupported(backend, shape, inputs, dtype)
+            reason = kernels.unsupported(backend, shape.op, inputs, dtype)
             if reason:
                 day.rows.add(case=what, state="left out", why=reason)
             else:
                 day.judged(what, judge.red(lambda given, b=backend, op=shape.op: baselines.call(op, given, b)))
-
-
-def _unsupported(backend: str, shape: shapes.Shape, inputs: shapes.Inputs, dtype: torch.dtype) -> str | None:
-    if backend == "torch":
-        return None
-    return backends._kernels(backend).unsupported(shape.op, dtype, **shapes.kernel_shape(shape.op, inputs))
 
 
 def frontend(day: Context) -> None:
@@ -381,7 +375,7 @@ def small_cases(backend: str, device: str, dtypes: list[str]) -> None:
     for dtype in (getattr(torch, name) for name in dtypes):
         for shape in shapes.SMALL:
             inputs = shape.make(dtype, device)
-            if not _unsupported(backend, shape, inputs, dtype):
+            if not kernels.unsupported(backend, shape.op, inputs, dtype):
                 baselines.call(shape.op, inputs, backend)
     _wait(torch.device(device))
 

@@ -72,8 +72,11 @@ def try_to_register() -> str | None:
     """Register, or say in a sentence why this package can't work with the installed vLLM."""
     import vllm
 
+    reason = versions.refusal(vllm.__version__)
     try:
-        return versions.refusal(vllm.__version__) or _register()
+        if reason is None:
+            _register()
+        return reason
     except Exception as error:  # a name that this vLLM lacks, whatever its version says
         return (
             f"llava-mini-fast can't work with this vLLM {vllm.__version__}: {type(error).__name__}: {error}; "
